@@ -1,0 +1,909 @@
+"""The proof of gflowgr.py and data.py, in their order. Every formula meets something independent of it: brute force,
+a closed form, or golden values of the standard implementation.
+
+    python -m pytest -q test_gflowgr.py
+"""
+import contextlib
+import errno
+import functools
+import hashlib
+import http.server
+import itertools
+import json
+import math
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data as datasets
+import gflowgr as g
+from data import DataError
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def small_world(n_users=60, n_items=50, seed=1):
+    return datasets.toy(seed, n_users, n_items, n_categories=5, n_brands=4)
+
+
+def small_catalogue(n_items=30, levels=3, width=4, seed=0):
+    """Distinct random paths of codes."""
+    every = torch.tensor(list(itertools.product(range(width), repeat=levels)))
+    return g.Catalogue.of(every[torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:n_items]], levels)
+
+
+def small_generator(catalogue, **size):
+    model = g.T5(catalogue.codes.shape[1], int(catalogue.codes.max()) + 1,
+                 **{**dict(d_model=16, heads=2, d_kv=8, d_ff=32, layers=2, dropout=0.0), **size})
+    torch.nn.init.normal_(model.flow.weight)
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------- data: files
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Answers each request with the next of `replies`: (status, body, announced length)."""
+
+    def do_GET(self):
+        self.server.paths.append(self.path)
+        status, body, length = self.server.replies.pop(0)
+        self.send_response(status)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@contextlib.contextmanager
+def serve(*replies):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    server.replies, server.paths = [(*reply, len(reply[1]))[:3] if len(reply) < 3 else reply for reply in replies], []
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+INTER, ITEM = b'{"0": [0, 1, 2, 1], "1": [2, 1, 0]}', json.dumps(
+    {str(i): {"title": f"thing {i}", "description": "red" if i else "blue"} for i in range(3)}).encode()
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A built-in dataset of two small files."""
+    monkeypatch.setitem(datasets.DATASETS, "tiny", ("Tiny", {"inter": datasets.git_blob_id(INTER),
+                                                             "item": datasets.git_blob_id(ITEM)}))
+
+
+def files_under(folder):
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def test_blob_id_is_gits():
+    assert datasets.git_blob_id(b"") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"     # git hash-object /dev/null
+    assert datasets.git_blob_id(b"ab") == hashlib.sha1(b"blob 2\x00ab").hexdigest()
+
+
+def test_download_keeps_verified_files_and_asks_once(tiny, tmp_path):
+    with serve((200, INTER), (200, ITEM)) as (server, url):
+        folder = datasets.download("tiny", tmp_path, url, ())
+        datasets.download("tiny", tmp_path, url, ())
+    assert server.paths == ["/Tiny/Tiny.inter.json", "/Tiny/Tiny.item.json"]
+    assert files_under(tmp_path) == ["Tiny.inter.json", "Tiny.item.json"]
+    data = datasets.read_folder(folder)
+    assert (data.n_users, data.n_items, data.items.tolist()) == (2, 3, [0, 1, 2, 1, 2, 1, 0])
+
+
+def test_download_tries_again_after_503_and_a_cut_connection(tiny, tmp_path):
+    with serve((503, b""), (200, INTER[:9], len(INTER)), (200, INTER), (200, ITEM)) as (server, url):
+        datasets.download("tiny", tmp_path, url, (0.0, 0.0))
+    assert len(server.paths) == 4 and files_under(tmp_path) == ["Tiny.inter.json", "Tiny.item.json"]
+
+
+@pytest.mark.parametrize("replies, requests, words", [
+    ([(404, b"")], 1, "404"),
+    ([(503, b"")] * 3, 3, "503"),
+    ([(200, INTER[:9], len(INTER))] * 3, 3, "IncompleteRead"),
+    ([(200, b"{}")], 1, "not the expected file"),
+])
+def test_download_that_fails_leaves_nothing(tiny, tmp_path, replies, requests, words):
+    with serve(*replies) as (server, url), pytest.raises(DataError) as error:
+        datasets.download("tiny", tmp_path, url, (0.0, 0.0))
+    assert words in str(error.value) and "Tiny.inter.json" in str(error.value)
+    assert len(server.paths) == requests and files_under(tmp_path) == []
+
+
+def test_no_network_names_the_way_out(tiny, tmp_path):
+    with pytest.raises(DataError, match="put the file by hand at .*Tiny.inter.json.*--dataset toy"):
+        datasets.download("tiny", tmp_path, "http://127.0.0.1:9", ())
+
+
+def test_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no space")))
+    with pytest.raises(OSError):
+        datasets.write_atomically(tmp_path / "file", b"content")
+    assert files_under(tmp_path) == []
+
+
+# ---------------------------------------------------------------------------------------------- data: loading
+
+@pytest.mark.parametrize("inter, item, words", [
+    ("{", None, r"Own.inter.json is not valid JSON"),
+    ("[]", None, r"Own.inter.json must hold a JSON object"),
+    ("{}", None, r"Own.inter.json must hold a JSON object"),
+    ('{"0": [0, 1, 2], "7": [0, 1]}', None, r'Own.inter.json: user "7" has 2 interactions'),
+    ('{"7": [0, 1, 3]}', None, r'Own.inter.json: user "7" has the item 3, which is not in the catalogue'),
+    ('{"7": [0, 1, -1]}', None, r'user "7" has the item -1'),
+    ('{"7": [0, 1, "2"]}', None, r'user "7" has the item "2"'),
+    ('{"7": [0, 1, NaN]}', None, r'user "7" has the item NaN'),
+    ('{"7": [0, true, 1]}', None, r'user "7" has the item true'),
+    ('{"7": {"0": 1}}', None, r'user "7" must have a list'),
+    (None, "\xff", r"Own.item.json is not valid JSON"),
+    (None, '{"0": {"title": "a"}, "2": {"title": "b"}}', r'Own.item.json: item "1" has no entry'),
+    (None, '{"0": {"title": 5}}', r'Own.item.json: item "0" must be'),
+    (None, '{"0": "text"}', r'Own.item.json: item "0" must be'),
+])
+def test_malformed_files_are_named(tmp_path, inter, item, words):
+    folder = tmp_path / "Own"
+    folder.mkdir()
+    (folder / "Own.inter.json").write_bytes(inter.encode() if inter else INTER)
+    (folder / "Own.item.json").write_bytes(item.encode("latin-1") if item else ITEM)
+    with pytest.raises(DataError, match=words):
+        datasets.load(str(folder))
+
+
+def test_missing_files_and_unknown_names(tmp_path):
+    with pytest.raises(DataError, match="does not exist; the folder must hold"):
+        datasets.load(str(tmp_path))
+    with pytest.raises(DataError, match="unknown dataset 'beuty'.*beauty"):
+        datasets.load("beuty")
+
+
+def test_items_without_text_are_reported_and_kept(tmp_path, capsys):
+    folder = tmp_path / "Own"
+    folder.mkdir()
+    (folder / "Own.inter.json").write_bytes(INTER)
+    (folder / "Own.item.json").write_text('{"0": {"title": "a b"}, "1": {"title": " "}, "2": {"title": "a b"}}')
+    data = datasets.load(str(folder))
+    assert '1 items have no text, the first is "1"' in capsys.readouterr().err
+    assert datasets.text_vectors(data.texts, 4)[1].abs().sum() == 0
+
+
+def test_toy_world_follows_the_tastes_it_knows():
+    data, again, other = small_world(), small_world(), small_world(seed=2)
+    assert torch.equal(data.items, again.items) and not torch.equal(data.items[:100], other.items[:100])
+    user = torch.repeat_interleave(torch.arange(data.n_users), data.offsets.diff())
+    assert data.offsets.diff().min() >= 5 and len(set(zip(user.tolist(), data.items.tolist()))) == len(user)
+    share = data.liked.float().mean()                      # clicks must hit liked items far more often than chance
+    assert 0.04 <= share <= 0.07 and data.liked[user, data.items].float().mean() > 3 * share
+
+
+def test_split_leaves_one_out_without_leakage():
+    data = datasets.Data("x", [""] * 9, [""] * 9, torch.tensor([0, 1, 2, 3, 4, 5, 6, 7]), torch.tensor([0, 5, 8]), None, "")
+    parts = datasets.split(data, max_history=2)
+    rows = {part: [(e.items[s:t].tolist(), int(e.items[t])) for s, t in zip(e.start, e.end)] for part, e in parts.items()}
+    assert rows == {"train": [([0], 1), ([0, 1], 2)], "valid": [([1, 2], 3), ([5], 6)], "test": [([2, 3], 4), ([5, 6], 7)]}
+    history, target = parts["test"].batch(torch.tensor([1, 0]))
+    assert history.tolist() == [[5, 6], [2, 3]] and target.tolist() == [7, 4]
+    history, _ = parts["train"].batch(torch.tensor([0, 1]))
+    assert history.tolist() == [[0, 9], [0, 1]]            # padded on the right with N
+    assert datasets.popularity(data).tolist() == [1, 1, 1, 0, 0, 1, 0, 0, 0]
+
+
+def test_every_training_pair_of_a_world_once():
+    data = small_world()
+    train = datasets.split(data, 4)["train"]
+    expected = [(data.items[s:t - 2][max(0, i - 4):i].tolist(), int(data.items[s + i])) for s, t in
+                zip(data.offsets[:-1].tolist(), data.offsets[1:].tolist()) for i in range(1, t - s - 2)]
+    history, target = train.batch(torch.arange(len(train)))
+    assert [([i for i in h if i < data.n_items], y) for h, y in zip(history.tolist(), target.tolist())] == expected
+
+
+def test_text_vectors_are_the_best_low_rank_tfidf():
+    texts = ["red shoe", "red shoe", "blue shoe small", "blue hat", "", "hat small hat"]
+    words = ["blue", "hat", "red", "shoe", "small"]        # each of two items or more
+    count = np.array([[text.split().count(word) for word in words] for text in texts], float)
+    weight = np.where(count > 0, 1 + np.log(np.maximum(count, 1)), 0) * np.log(len(texts) / (count > 0).sum(0))
+    weight /= np.maximum(np.linalg.norm(weight, axis=1, keepdims=True), 1e-12)
+    for dim in (2, 8):
+        u, s, _ = np.linalg.svd(weight, full_matrices=False)
+        gram = (u[:, :dim] * s[:dim]) @ (u[:, :dim] * s[:dim]).T
+        vectors = datasets.text_vectors(texts, dim).double().numpy()
+        assert vectors.shape == (6, dim) and np.isclose((vectors ** 2).mean(), 1)
+        np.testing.assert_allclose(vectors @ vectors.T, gram * 6 * dim / np.trace(gram), atol=1e-4)
+    assert datasets.text_vectors(["a", "b"], 3).abs().sum() == 0   # no word of two items
+
+
+@pytest.mark.parametrize("array, words", [
+    (np.zeros((3, 2)), None), (np.zeros((2, 2)), "one row"), (np.zeros(3), "one row"),
+    (np.array([[1.0], [np.nan], [np.inf]]), "row 1 is not finite"), (np.array([["a"]] * 3), "one row")])
+def test_own_item_vectors(tmp_path, array, words):
+    np.save(tmp_path / "v.npy", array)
+    if words is None:
+        assert datasets.read_vectors(tmp_path / "v.npy", 3).shape == (3, 2)
+    else:
+        with pytest.raises(DataError, match=words):
+            datasets.read_vectors(tmp_path / "v.npy", 3)
+
+
+def test_unreadable_item_vectors(tmp_path):
+    (tmp_path / "v.npy").write_bytes(b"not numpy")
+    for path in (tmp_path / "v.npy", tmp_path / "none.npy"):
+        with pytest.raises(DataError, match="cannot be read"):
+            datasets.read_vectors(path, 3)
+
+
+def test_keep_builds_once_and_whole(tmp_path):
+    calls = []
+
+    def build(log):
+        calls.append(1)
+        log({"step": 1})
+        return {"x": torch.arange(3), "valid": {"R@10": 0.5}}
+
+    for _ in range(2):
+        assert datasets.keep(tmp_path, {"a": 1}, build)["x"].tolist() == [0, 1, 2]
+    assert len(calls) == 1 and json.loads((tmp_path / "config.json").read_text()) == {"a": 1}
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["step"] == 1 and lines[1]["valid"] == {"R@10": 0.5}
+    (tmp_path / "checkpoint.pt").write_bytes(b"cut off")
+    with pytest.raises(DataError, match="checkpoint.pt is damaged"):
+        datasets.keep(tmp_path, {}, build)
+
+
+def test_keep_leaves_no_result_of_a_build_that_stopped(tmp_path):
+    def stopped(log):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        datasets.keep(tmp_path, {}, stopped)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+# ---------------------------------------------------------------------------------------------- 2. codes
+
+def test_kmeans_finds_separate_clusters():
+    centres = torch.tensor([[0.0, 0], [10, 0], [0, 10]])
+    points = (centres[:, None] + 0.1 * torch.randn(3, 50, 2)).flatten(0, 1)
+    found = min((g.kmeans(points, 3) for _ in range(8)), key=lambda c: torch.cdist(points, c).amin(1).sum())
+    assert (torch.cdist(centres, found).amin(1) < 0.1).all()
+    assert g.kmeans(points[:2], 5).shape == (5, 2)         # fewer points than clusters
+
+
+def test_quantiser_equals_brute_force():
+    quantiser, x = g.ResidualQuantiser(3, 5, 2), torch.randn(7, 2)
+    out, books = quantiser(x), quantiser.codebooks.detach()
+    for row in range(7):
+        residual, loss = x[row], 0.0
+        for level in range(3):
+            nearest = min(range(5), key=lambda c: float((residual - books[level, c]).square().sum()))
+            assert out.codes[row, level] == nearest
+            torch.testing.assert_close(out.residuals[level, row], residual)
+            residual = residual - books[level, nearest]
+        torch.testing.assert_close(out.value[row], x[row] - residual)
+    after = torch.cat([out.residuals[1:], (x - out.value)[None]])
+    torch.testing.assert_close(out.loss, 1.25 * after.square().mean((1, 2)).sum())
+
+
+def test_quantiser_gradients_reach_encoder_at_every_level_and_codebooks_only_their_own():
+    quantiser, x = g.ResidualQuantiser(3, 5, 2), torch.randn(7, 2, requires_grad=True)
+    out = quantiser(x)
+    x_grad, = torch.autograd.grad(out.value.sum(), x, retain_graph=True)
+    assert torch.equal(x_grad, torch.ones_like(x))                          # straight through
+    x_grad, book_grad = torch.autograd.grad(out.loss, [x, quantiser.codebooks])
+    after = torch.cat([out.residuals[1:], (x - out.value)[None]]).detach()  # r - q of each level
+    torch.testing.assert_close(x_grad, 0.25 * 2 * after.sum(0) / x.numel())
+    for level in range(3):
+        expected = torch.zeros(5, 2).index_add(0, out.codes[:, level], -2 * after[level] / x.numel())
+        torch.testing.assert_close(book_grad[level], expected)
+
+
+def test_initialisation_and_restart_put_codes_to_use():
+    quantiser, x = g.ResidualQuantiser(2, 8, 4), torch.randn(200, 4)
+    before = quantiser(x).loss
+    quantiser.initialise(x)
+    assert quantiser(x).loss < 0.7 * before
+    with torch.no_grad():
+        quantiser.codebooks[0, 3:] = 100.0
+    used = len(quantiser(x).codes[:, 0].unique())
+    assert quantiser.restart_dead_codes(x) >= 8 - used > 0 and len(quantiser(x).codes[:, 0].unique()) > used
+
+
+def test_paths_become_unique_by_counting_twins():
+    codes = torch.tensor([[1, 2], [0, 5], [1, 2], [1, 2], [0, 5], [3, 3]])
+    assert g.unique_paths(codes).tolist() == [[1, 2, 0], [0, 5, 0], [1, 2, 1], [1, 2, 2], [0, 5, 1], [3, 3, 0]]
+
+
+def test_codes_round_trip_in_letters_format(tmp_path):
+    codes = torch.tensor([[183, 70, 0], [2, 1, 255]])
+    (tmp_path / "x.json").write_text(g.format_codes(codes))
+    assert json.loads((tmp_path / "x.json").read_text())["0"] == ["<a_183>", "<b_70>", "<c_0>"]
+    assert torch.equal(g.read_codes(tmp_path / "x.json", 2), codes)
+
+
+@pytest.mark.parametrize("content, words", [
+    ('{"0": ["<a_1>"]}', "codes for 1 items"), ('{"0": ["<a_1>"], "2": ["<a_1>"]}', "codes for 2 items"),
+    ('{"0": ["<a_1>"], "1": ["<a_1>", "<b_1>"]}', 'item "1" has the codes'), ('{"0": [], "1": []}', 'item "0"'),
+    ('{"0": ["<a_1>"], "1": ["a1"]}', 'item "1"'), ('{"0": ["<a_1>"], "1": 7}', 'item "1"'), ("[", "not valid JSON")])
+def test_wrong_code_files_are_named(tmp_path, content, words):
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(DataError, match=words):
+        g.read_codes(tmp_path / "x.json", 2)
+
+
+# ---------------------------------------------------------------------------------------------- 3. SASRec
+
+def small_sasrec(n_items=30, length=8):
+    model = g.SASRec(n_items, 16, 2, 2, 0.0, length).eval()
+    torch.nn.init.normal_(model.item.weight[:-1])
+    return model
+
+
+def test_sasrec_is_causal_and_blind_to_padding():
+    model, history = small_sasrec(), torch.randint(30, (4, 6))
+    changed = history.clone()
+    changed[:, 3] = (changed[:, 3] + 1) % 30
+    torch.testing.assert_close(model(history)[:, :3], model(changed)[:, :3])
+    assert (model(history)[:, 3] - model(changed)[:, 3]).abs().max() > 1e-3
+    padded = F.pad(history, (0, 2), value=30)
+    torch.testing.assert_close(model.scores(padded), model.scores(history))
+    assert model.scores(history).shape == (4, 30)
+
+
+def test_sasrec_loss_is_the_cross_entropy_of_every_next_item():
+    model = small_sasrec()
+    history, target = torch.tensor([[3, 4, 5], [6, 30, 30]]), torch.tensor([7, 8])
+    cases = [([3], 4), ([3, 4], 5), ([3, 4, 5], 7), ([6], 8)]
+    losses = [-model.scores(torch.tensor([h])).log_softmax(1)[0, y] for h, y in cases]
+    torch.testing.assert_close(model.loss(history, target), torch.stack(losses).mean())
+
+
+# ---------------------------------------------------------------------------------------------- 4. T5
+
+# Golden values of Hugging Face's T5ForConditionalGeneration (transformers 5.23.0): vocab 25, d_model 16, d_kv 8, d_ff 32,
+# 2 + 2 layers, 2 heads, ReLU, no dropout, tied embeddings; weight number k of golden_order() below holds
+# 0.5 * sin(1.7 * i + k), norms 1 more; then the logits of those tokens that can follow.
+GOLDEN_LOGITS = [
+    [[-0.2107, -0.3462, 0.5405, -0.1687, -0.3797, 0.5305, -0.1256, -0.4108],
+     [0.0581, -0.0583, -0.0025, 0.0607, -0.0553, -0.008, 0.063, -0.052],
+     [-0.0068, 0.1261, -0.1133, -0.0181, 0.1306, -0.1063, -0.0293, 0.1342]],
+    [[-0.2091, -0.3647, 0.5565, -0.1654, -0.3989, 0.5454, -0.1207, -0.4304],
+     [0.0141, -0.2185, 0.194, 0.0337, -0.2261, 0.1817, 0.053, -0.2322],
+     [-0.0588, 0.1869, -0.1193, -0.0733, 0.1891, -0.1069, -0.0873, 0.19]]]
+DISTANCES = [-200, -127, -100, -64, -40, -21, -20, -16, -15, -9, -8, -7, -1, 0,
+             1, 7, 8, 9, 12, 15, 16, 20, 21, 40, 64, 100, 127, 200]
+GOLDEN_BUCKETS = {True: [15, 15, 15, 14, 12, 10, 10, 10, 9, 8, 8, 7, 1, 0,
+                         17, 23, 24, 24, 25, 25, 26, 26, 26, 28, 30, 31, 31, 31],
+                  False: [31, 31, 30, 26, 23, 18, 17, 16, 15, 9, 8, 7, 1, 0] + [0] * 14}
+
+
+def golden_order(model):
+    """(shape, destinations) of each weight in the order in which the golden model was filled."""
+    yield model.embedding.weight
+    for side in ("encoder", "decoder"):
+        yield getattr(model, f"{side}_bias").weight
+        for block in getattr(model, side):
+            for attention, norm in zip([block.attention, block.cross], block.norms[:-1]):
+                keys, values = attention.kv.weight.chunk(2)
+                yield from (attention.q.weight, keys, values, attention.o.weight, norm.weight)
+            yield from (block.wi.weight, block.wo.weight, block.norms[-1].weight)
+        yield getattr(model, f"{side}_norm").weight
+
+
+def test_t5_is_the_standard_t5():
+    model = g.T5(3, 8, d_model=16, heads=2, d_kv=8, d_ff=32, layers=2, dropout=0.0).eval()
+    with torch.no_grad():
+        for k, weight in enumerate(golden_order(model)):
+            wave = 0.5 * torch.sin(1.7 * torch.arange(weight.numel(), dtype=torch.float64) + k)
+            weight.copy_(wave.view(weight.shape) + (weight.dim() == 1))
+    source = (torch.arange(80).view(2, 40) * 7) % 24 + 1
+    source[1, 25:] = 0
+    state, _ = model.decode(torch.tensor([[[0, 3, 12]], [[0, 8, 9]]]), model.encode(source))
+    logits = torch.stack([model.code_logits(state[:, 0, level], level) for level in range(3)], 1)
+    torch.testing.assert_close(logits, torch.tensor(GOLDEN_LOGITS), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("two_sided", [True, False])
+def test_relative_buckets_are_the_standard_ones(two_sided):
+    table = g.relative_buckets(401, 401, two_sided)
+    assert [int(table[200, 200 + d]) for d in DISTANCES] == GOLDEN_BUCKETS[two_sided]
+    assert torch.equal(g.relative_buckets(2, 401, two_sided), table[-2:])
+
+
+def test_memory_is_blind_to_padding_and_paths_to_each_other():
+    catalogue = small_catalogue()
+    model, items = small_generator(catalogue), torch.randint(30, (3, 4))
+    history = torch.randint(30, (3, 5))
+    log_pf, log_flow = g.path_log_probs(model, catalogue, history, items)
+    padded, _ = g.path_log_probs(model, catalogue, F.pad(history, (0, 3), value=30), items)
+    torch.testing.assert_close(padded, log_pf, atol=1e-5, rtol=1e-5)
+    for path in range(4):
+        alone, flow = g.path_log_probs(model, catalogue, history, items[:, path:path + 1])
+        torch.testing.assert_close(alone[:, 0], log_pf[:, path], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(flow[:, 0], log_flow[:, path], atol=1e-5, rtol=1e-5)
+
+
+def test_decoder_is_causal_and_its_cache_changes_nothing():
+    catalogue = small_catalogue()
+    model, tokens = small_generator(catalogue), torch.randint(1, 13, (2, 3, 4))
+    memory = model.encode(torch.randint(1, 13, (2, 6)))
+    whole, _ = model.decode(tokens, memory)
+    changed = tokens.clone()
+    changed[..., 2] = changed[..., 2] % 12 + 1
+    torch.testing.assert_close(model.decode(changed, memory)[0][:, :, :2], whole[:, :, :2])
+    past = None
+    for step in range(4):
+        state, past = model.decode(tokens[..., step:step + 1], memory, past)
+        torch.testing.assert_close(state[:, :, 0], whole[:, :, step], atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_keeps_its_rate_and_mean_and_draws_anew():
+    dropout, x = g.Dropout(0.1), torch.ones(400, 500)
+    first, second = dropout(x), dropout(x)
+    for y in (first, second):
+        assert abs((y == 0).float().mean() - 0.1) < 0.005 and abs(y.mean() - 1) < 0.005
+        assert y.unique().tolist() == pytest.approx([0, 1 / 0.9])
+    together = ((first == 0) & (second == 0)).float().mean()
+    assert abs(together - 0.01) < 0.002                    # as rare as independent masks would have it
+    assert abs((first[:-1] == 0)[second[1:] == 0].float().mean() - 0.1) < 0.01
+    assert dropout.eval()(x) is not first and torch.equal(dropout(x), x)
+
+
+# ---------------------------------------------------------------------------------------------- 5. trie
+
+def test_trie_holds_exactly_the_items():
+    catalogue = small_catalogue(n_items=37)
+    trie, codes = catalogue.trie, catalogue.codes.tolist()
+    for item, path in enumerate(codes):
+        node = torch.tensor(0)
+        for level, code in enumerate(path):
+            assert trie.path[item, level] == node
+            child, real = trie.children(node, level)
+            expected = sorted({other[level] for other in codes if other[:level] == path[:level]})
+            assert trie.code[child[real]].tolist() == expected
+            node = child[expected.index(code)]
+        assert trie.item(node) == item
+    assert len(trie.code) == 1 + sum(len({tuple(p[:l]) for p in codes}) for l in (1, 2, 3))
+
+
+def test_trie_refuses_items_of_one_path():
+    with pytest.raises(ValueError, match="3 items have only 2 different paths"):
+        g.Trie(torch.tensor([[0, 1], [1, 1], [0, 1]]))
+
+
+def test_probabilities_of_all_items_sum_to_one():
+    catalogue = small_catalogue()
+    items = torch.arange(30).expand(2, -1)
+    log_pf, _ = g.path_log_probs(small_generator(catalogue), catalogue, torch.randint(30, (2, 5)), items)
+    torch.testing.assert_close(log_pf.sum(-1).exp().sum(1), torch.ones(2))
+
+
+# ---------------------------------------------------------------------------------------------- 6. trajectories
+
+def test_curriculum_avoids_clicked_items_and_grows_harder():
+    scores, pool = torch.randn(200, 40), torch.randperm(60)[:40]
+    exclude = pool[torch.randint(40, (200, 5))]
+    column = {int(item): i for i, item in enumerate(pool)}
+    hardness = []
+    for beta in (-3.0, -1.0, 0.0, 1.0, 3.0):
+        items = g.curriculum_sample(scores, pool, exclude, 4, beta)
+        assert not (items[:, :, None] == exclude[:, None]).any()
+        assert all(len(set(row)) == 4 and set(row) <= column.keys() for row in items.tolist())
+        columns = torch.tensor([[column[i] for i in row] for row in items.tolist()])
+        hardness.append(scores.gather(1, columns).mean().item())
+    assert hardness == sorted(hardness) and hardness[0] < -1 and hardness[-1] > 1 and abs(hardness[2]) < 0.15
+
+
+def test_curriculum_draws_from_the_softmax_it_names():
+    scores, pool = torch.tensor([[0.0, 1.0, 3.0]]).repeat(20000, 1), torch.arange(3)
+    drawn = g.curriculum_sample(scores, pool, torch.full((20000, 1), 9), 1, 0.7)
+    z = (scores[0] - scores[0].mean()) / scores[0].std()
+    share = torch.bincount(drawn.flatten(), minlength=3) / 20000
+    torch.testing.assert_close(share, (0.7 * z).softmax(0), atol=0.015, rtol=0)
+
+
+class Scores(torch.nn.Module):
+    """A collaborative model with given scores (N,) for every user."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.values = torch.nn.Parameter(torch.tensor(values))
+
+    def scores(self, history):
+        return self.values.expand(len(history), -1)
+
+
+def test_trajectories_put_the_observed_first_and_scale_scores_to_the_unit_interval():
+    teacher, cfg = Scores([5.0, 1.0, 3.0, 2.0, 0.0, 4.0]), g.Config(k=2, pool=6)
+    history, target = torch.tensor([[0], [3]]), torch.tensor([2, 4])
+    items, r_cs = g.trajectories(teacher, cfg, history, target, 0.5)
+    assert items[:, 0].tolist() == [2, 4] and items.shape == (2, 3) and not r_cs.requires_grad
+    torch.testing.assert_close(r_cs, teacher.values.detach()[items] / 5)
+    assert not (items[:, 1:] == target[:, None]).any() and not (items == history).any()
+    alone, _ = g.trajectories(teacher, g.Config(sampler="none"), history, target, 0.5)
+    assert alone.tolist() == [[2], [4]]
+
+
+def test_curriculum_follows_the_progress_of_training():
+    teacher, cfg = Scores([float(i) for i in range(50)]), g.Config(k=4, pool=50)
+    history, target = torch.full((100, 1), 20), torch.full((100,), 30)
+    early, late = (g.trajectories(teacher, cfg, history, target, p)[0][:, 1:].float().mean() for p in (0.0, 1.0))
+    even = g.trajectories(teacher, g.Config(k=4, pool=50, sampler="random"), history, target, 1.0)[0][:, 1:]
+    assert early < 12 and late > 37 and abs(even.float().mean() - 24.5) < 3
+
+
+# ---------------------------------------------------------------------------------------------- 7. reward
+
+def test_reward_and_confidence_by_hand():
+    # The clicked item, a near twin that the collaborative model likes, and a stranger that it does not.
+    r_aug, r_cs = torch.tensor([[1.0, 0, 0]]), torch.tensor([[0.9, 0.7, 0.1]])
+    r_sim = g.shared_codes(torch.tensor([[[1, 2, 3, 4], [1, 2, 0, 4], [5, 2, 7, 8]]]))
+    assert r_sim.tolist() == [[1.0, 0.75, 0.25]]
+    torch.testing.assert_close(g.reward(r_aug, r_cs, r_sim), torch.tensor([[2.9, 1.45, 0.35]]))
+    torch.testing.assert_close(g.reward(r_aug, r_cs, r_sim, "cf,aug"), torch.tensor([[1.9, 0.7, 0.1]]))
+    torch.testing.assert_close(g.reward(r_aug, r_cs, r_sim, "sim"), r_sim)
+    torch.testing.assert_close(g.confidence(r_aug, r_cs), torch.tensor([[0.9, 0.3, 0.9]]))
+
+
+# ---------------------------------------------------------------------------------------------- 8. objectives
+
+def tabular_flows(catalogue, log_reward):
+    """Exact log P_F and log F along each item's path, when every leaf holds its reward: (N, L) each."""
+    trie = catalogue.trie
+    flow = torch.full((len(trie.code),), -torch.inf, dtype=torch.float64)
+    for item, path in enumerate(trie.path.tolist()):
+        for node in path:
+            flow[node] = torch.logaddexp(flow[node], log_reward[item])
+    return flow[trie.path[:, 1:]] - flow[trie.path[:, :-1]], flow[trie.path[:, :-1]]
+
+
+def test_exact_flows_balance():
+    catalogue, log_reward = small_catalogue(), torch.randn(30, dtype=torch.float64)
+    log_pf, log_flow = tabular_flows(catalogue, log_reward)
+    torch.testing.assert_close(log_pf.sum(1), log_reward.log_softmax(0))             # p = R / Z
+    assert g.detailed_balance(log_pf, log_flow, log_reward).max() < 1e-20
+    assert g.trajectory_balance(log_pf, log_flow, log_reward).max() < 1e-20
+    torch.testing.assert_close(g.trajectory_balance(log_pf, log_flow, log_reward + 2), torch.full((30,), 4.0).double())
+    torch.testing.assert_close(g.detailed_balance(log_pf, log_flow, log_reward + 2), torch.full((30,), 4.0).double())
+    torch.testing.assert_close(g.detailed_balance(log_pf + 1, log_flow, log_reward), torch.full((30,), 3.0).double())
+    torch.testing.assert_close(g.trajectory_balance(log_pf + 1, log_flow, log_reward), torch.full((30,), 9.0).double())
+
+
+def test_sft_is_the_cross_entropy_over_allowed_codes():
+    catalogue = small_catalogue()
+    model, history, target = small_generator(catalogue), torch.randint(30, (4, 5)), torch.randint(30, (4,))
+    everything, _ = g.path_log_probs(model, catalogue, history, torch.arange(30).expand(4, -1))
+    log_pf, _ = g.path_log_probs(model, catalogue, history, target[:, None])
+    torch.testing.assert_close(g.sft(log_pf[:, 0]).mean(), F.cross_entropy(everything.sum(-1), target))
+
+
+@pytest.mark.parametrize("objective", [g.trajectory_balance, g.detailed_balance])
+def test_training_on_balance_makes_probabilities_proportional_to_rewards(objective):
+    catalogue = small_catalogue(n_items=12)
+    model = small_generator(catalogue, d_model=32, layers=1).train()
+    history, items, log_reward = torch.tensor([[0, 1], [2, 3]]), torch.arange(12).expand(2, -1), torch.randn(2, 12)
+    optimiser = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95))
+    for step in range(600):
+        optimiser.param_groups[0]["lr"] = 0.01 * (1 - step / 600)
+        log_pf, log_flow = g.path_log_probs(model, catalogue, history, items)
+        optimiser.zero_grad()
+        objective(log_pf, log_flow, log_reward).mean().backward()
+        optimiser.step()
+    log_pf, log_flow = g.path_log_probs(model, catalogue, history, items)
+    distance = 0.5 * (log_pf.sum(-1).exp() - log_reward.softmax(1)).abs().sum(1)    # total variation
+    assert distance.max() < 0.02
+    torch.testing.assert_close(log_flow[:, 0, 0], log_reward.logsumexp(1), atol=0.05, rtol=0)
+
+
+def method_setting(**changes):
+    catalogue = small_catalogue()
+    cfg = g.Config(**{**dict(loss="tb", k=3, pool=30, lam=0.5), **changes})
+    return small_generator(catalogue), small_sasrec(), catalogue, cfg, torch.randint(30, (4, 5)), torch.randint(30, (4,))
+
+
+def test_no_gradient_reaches_the_teacher_but_all_of_the_generator():
+    model, sasrec, *rest = method_setting()
+    g.method_loss(model, sasrec, *rest, 0.5).backward()
+    assert all(p.grad is None for p in sasrec.parameters())
+    without = {name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().sum() == 0}
+    assert without <= {"log_z"}
+
+
+@pytest.mark.parametrize("loss, balance", [("tb", g.trajectory_balance), ("db", g.detailed_balance)])
+def test_method_loss_is_equation_7(loss, balance):
+    model, sasrec, catalogue, cfg, history, target = method_setting(loss=loss)
+    torch.manual_seed(5)
+    value = g.method_loss(model, sasrec, catalogue, cfg, history, target, 0.3)
+    torch.manual_seed(5)
+    items, _ = g.trajectories(sasrec, cfg, history, target, 0.3)
+    log_pf, log_flow = g.path_log_probs(model, catalogue, history, items)
+    total = 0.0
+    for b in range(4):
+        scores = sasrec.scores(history)[b].tolist()
+        total += -float(log_pf[b, 0].sum())
+        for path, item in enumerate(items[b].tolist()):
+            r_cs = (scores[item] - min(scores)) / (max(scores) - min(scores))
+            r_aug = float(item == target[b])
+            r_sim = sum(x == y for x, y in zip(catalogue.codes[item].tolist(), catalogue.codes[target[b]].tolist())) / 3
+            log_reward = torch.tensor(math.log(max(r_aug + r_cs + r_sim, 0.01)))
+            total += 0.5 * (1 - abs(r_aug - r_cs)) * float(balance(log_pf[b, path], log_flow[b, path], log_reward))
+    torch.testing.assert_close(value.item(), total / 4, rtol=1e-4, atol=1e-4)
+
+
+def test_ablations_change_what_they_name():
+    model, sasrec, catalogue, cfg, history, target = method_setting()
+
+    def value(**changes):
+        torch.manual_seed(5)
+        return g.method_loss(model, sasrec, catalogue, replace(cfg, **changes), history, target, 0.3).item()
+
+    plain = g.sft(g.path_log_probs(model, catalogue, history, target[:, None])[0][:, 0]).mean().item()
+    assert [value(loss="sft"), value(lam=0.0)] == pytest.approx([plain, plain])
+    seen = [value()] + [value(**{name: new}) for name, new in [
+        ("reward", "aug"), ("reward", "cf"), ("sampler", "random"), ("sampler", "none"), ("confidence", False),
+        ("k", 2), ("lam", 0.1), ("loss", "db"), ("z", "scalar"), ("hardness", 1.0)]]
+    assert len({round(x, 4) for x in seen}) == len(seen)
+
+
+def test_scalar_z_is_one_number_for_all_users():
+    model, sasrec, *rest = method_setting(z="scalar", sampler="none", lam=1.0)
+    g.method_loss(model, sasrec, *rest, 0.5).backward()
+    assert model.log_z.grad != 0 and model.flow.weight.grad.abs().sum() == 0        # tb reads no other flow
+
+
+# ---------------------------------------------------------------------------------------------- 9. training
+
+def test_batches_hold_every_row_once_an_epoch_and_alike_lengths():
+    lengths = torch.randint(1, 6, (100,))
+    batches = list(g.length_batches(lengths, 16, 21))
+    assert len(batches) == 21
+    for epoch in range(3):
+        rows = torch.cat(batches[7 * epoch:7 * epoch + 7])
+        assert sorted(rows.tolist()) == list(range(100))
+    mixed = sum(len(lengths[rows].unique()) > 1 for rows in batches[:7])
+    assert mixed <= 4 and [b.tolist() for b in batches[:7]] != [b.tolist() for b in batches[7:14]]
+
+
+def test_schedule_warms_up_and_decays_to_zero():
+    assert g.schedule(0.025) == 0.5 and g.schedule(1.0) == pytest.approx(0) and g.schedule(0.5) == pytest.approx(0.5)
+
+
+def line_fit(**options):
+    """Fit y = 3 x by gradient descent; returns the state and what was logged."""
+    model, x, entries = torch.nn.Linear(1, 1), torch.linspace(-1, 1, 32)[:, None], []
+    state = g.fit(model, "line", lambda rows, _: (model(x[rows]) - 3 * x[rows]).square().mean(),
+                  g.length_batches(torch.zeros(32), 8, 200), 200, 0.1, entries.append, **options)
+    return model, state, entries
+
+
+def test_fit_learns_and_keeps_the_last_state_without_validation():
+    model, state, entries = line_fit()
+    assert abs(state["weight"].item() - 3) < 0.05 and torch.equal(state["weight"], model.state_dict()["weight"])
+    assert [e["step"] for e in entries] == [50, 100, 150, 200] and entries[-1]["loss"] < entries[0]["loss"]
+
+
+def test_fit_returns_the_state_of_the_best_validation():
+    scores, seen, steps = iter([0.1, 0.7, 0.2, 0.3]), [], []
+    model = torch.nn.Linear(1, 1)
+
+    def validate():
+        seen.append(model.weight.detach().clone())
+        return {"N@10": next(scores)}
+
+    state = g.fit(model, "x", lambda rows, _: model(torch.ones(4, 1)).sum(), g.length_batches(torch.zeros(8), 4, 8), 8, 0.1,
+                  lambda entry: None, evaluations=4, validate=validate, after=steps.append)
+    assert len(seen) == 4 and torch.equal(state["weight"], seen[1]) and steps == list(range(1, 9))
+
+
+def test_fit_stops_at_a_loss_that_is_not_finite():
+    model = torch.nn.Linear(1, 1)
+    with pytest.raises(DataError, match="bad: the loss is nan at step 3"):
+        g.fit(model, "bad", lambda rows, _: model(torch.ones(1, 1)).sum() * float("nan"),
+              g.length_batches(torch.zeros(8), 4, 3), 3, 0.1, lambda entry: None)
+
+
+def test_precision_is_what_the_device_can_do():
+    cpu = torch.device("cpu")
+    assert g.compute_type(cpu, "auto") in (torch.bfloat16, torch.float32)
+    assert g.compute_type(cpu, "fp32") == torch.float32 and g.compute_type(cpu, "bf16") == torch.bfloat16
+    with pytest.raises(DataError, match="needs a GPU"):
+        g.compute_type(cpu, "fp16")
+
+
+def test_bf16_is_close_to_float32():
+    model, sasrec, *rest = method_setting()
+    values = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(5)
+        with g.mixed_precision(torch.device("cpu"), dtype):
+            values.append(g.method_loss(model, sasrec, *rest, 0.5).item())
+    assert values[1] != values[0] and values[1] == pytest.approx(values[0], rel=0.03)
+
+
+# ---------------------------------------------------------------------------------------------- 10. decoding, metrics
+
+@pytest.mark.parametrize("levels, width", [(3, 4), (2, 6), (4, 3)])
+def test_a_wide_beam_equals_brute_force(levels, width):
+    catalogue = small_catalogue(levels=levels, width=width)
+    model, history = small_generator(catalogue), torch.randint(30, (5, 6))
+    history[2, 4:] = 30
+    log_pf, _ = g.path_log_probs(model, catalogue, history, torch.arange(30).expand(5, -1))
+    log_prob, order = log_pf.sum(-1).sort(descending=True)
+    items, found = g.beam_search(model, catalogue, history, 30)
+    assert torch.equal(items, order)
+    torch.testing.assert_close(found, log_prob.detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_narrow_beam_finds_real_items_with_their_true_probability():
+    catalogue = small_catalogue()
+    model, history = small_generator(catalogue), torch.randint(30, (5, 6))
+    items, found = g.beam_search(model, catalogue, history, 4)
+    log_pf, _ = g.path_log_probs(model, catalogue, history, items)
+    torch.testing.assert_close(found, log_pf.sum(-1).detach(), atol=1e-5, rtol=1e-5)
+    assert all(len(set(row)) == 4 for row in items.tolist()) and (found.diff() <= 0).all()
+
+
+def test_a_beam_wider_than_the_catalogue_is_filled_up():
+    catalogue = small_catalogue(n_items=6)
+    items, found = g.beam_search(small_generator(catalogue), catalogue, torch.tensor([[0], [1]]), 9)
+    assert all(sorted(row) == [0, 1, 2, 3, 4, 5, 6, 6, 6] for row in items.tolist())
+    assert (found[:, 6:] == -torch.inf).all() and (found[:, :6] > -torch.inf).all()
+
+
+def test_metrics_by_hand():
+    recommended = torch.arange(20).repeat(4, 1)
+    metrics = g.ranking_metrics(recommended, torch.tensor([0, 3, 11, 99]))           # ranks 1, 4, 12, none
+    assert metrics == pytest.approx({"R@1": 1 / 4, "R@5": 2 / 4, "R@10": 2 / 4, "R@20": 3 / 4,
+                                     "N@5": (1 + 1 / math.log2(5)) / 4, "N@10": (1 + 1 / math.log2(5)) / 4,
+                                     "N@20": (1 + 1 / math.log2(5) + 1 / math.log2(13)) / 4})
+
+
+def test_liked_but_unseen_by_hand():
+    liked = torch.zeros(2, 30, dtype=torch.bool)
+    liked[0, [0, 1, 2]] = liked[1, [12]] = True
+    data = datasets.Data("x", [""] * 30, [""] * 30, torch.tensor([0, 5, 6, 7, 8, 9]), torch.tensor([0, 3, 6]), liked, "")
+    assert g.liked_unseen(torch.arange(20).repeat(2, 1), data) == 1.0    # user 0: items 1 and 2; user 1: rank 13 is too far
+
+
+# ---------------------------------------------------------------------------------------------- 11. the whole road
+
+QUICK = ["--code-steps", "20", "--levels", "2", "--codebook-size", "8", "--sasrec-epochs", "2", "--sasrec-dim", "16",
+         "--d-model", "16", "--heads", "2", "--d-kv", "8", "--d-ff", "32", "--layers", "1", "--batch", "64",
+         "--sft-epochs", "1", "--finetune-epochs", "1", "--evaluations", "2", "--vector-dim", "8"]
+
+
+@pytest.fixture
+def world(monkeypatch, tmp_path):
+    """A toy world small enough to run the whole road within a second or two, in a folder of its own."""
+    monkeypatch.setattr(datasets, "toy", functools.partial(datasets.toy, n_users=60, n_items=50, n_categories=5, n_brands=4))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(capsys, *flags, expect=0):
+    assert g.main([*QUICK, *flags]) == expect
+    return capsys.readouterr()
+
+
+def table(text):
+    """The result table without its seconds."""
+    return [line.split()[:-1] for line in text.splitlines() if line.startswith(("popularity", "SASRec", "SFT", "then"))]
+
+
+@pytest.mark.parametrize("loss", list(g.METHODS))
+def test_every_method_runs_end_to_end(world, capsys, loss):
+    out = run(capsys, "--loss", loss).out
+    assert [row[0] for row in table(out)] == ["popularity", "SASRec", "SFT", "then"] and f"then {loss}" in out
+
+
+def test_a_run_repeats_itself_and_stages_are_kept(world, capsys):
+    first = run(capsys, "--loss", "tb").out
+    kept = run(capsys, "--loss", "tb").out
+    assert table(first) == table(kept) and kept.count("kept from before") == 4
+    other = run(capsys, "--loss", "db").out
+    assert other.count("kept from before") == 3 and "finetune  kept" not in other
+    fresh = run(capsys, "--loss", "tb", "--runs-dir", "again").out
+    assert table(fresh) == table(first)                    # same seed, same table
+    folder, = (world / "runs" / "toy").glob("tb-*")
+    assert files_under(folder) == ["checkpoint.pt", "config.json", "metrics.jsonl"]
+    assert json.loads((folder / "config.json").read_text())["lam"] == 0.01
+    codes, = (world / "runs" / "toy").glob("codes-*/toy.index.json")
+    assert g.read_codes(codes, 50).shape == (50, 3)
+
+
+def test_only_what_depends_on_a_setting_is_done_again(world, capsys):
+    run(capsys)
+    for flags, stages in [(["--k", "3"], {"finetune"}), (["--sasrec-epochs", "1"], {"sasrec", "finetune"}),
+                          (["--lr", "0.002"], {"sft", "finetune"}), (["--commitment", "0.5"], {"codes", "sft", "finetune"})]:
+        lines = [line.split() for line in run(capsys, *flags).out.splitlines() if " in runs" in line]
+        assert {line[0] for line in lines if line[1] != "kept"} == stages
+
+
+def test_own_codes_vectors_and_from_scratch(world, capsys):
+    codes = torch.tensor(list(itertools.product(range(4), repeat=3)))[:50]
+    codes[1] = codes[0]                                    # twins get a last code
+    (world / "own.json").write_text(g.format_codes(codes))
+    np.save(world / "own.npy", np.random.default_rng(0).normal(size=(50, 5)))
+    assert "then tb" in run(capsys, "--codes", "own.json", "--from-scratch").out
+    assert "then tb" in run(capsys, "--item-vectors", "own.npy", "--z", "scalar", "--no-confidence").out
+    (world / "own.json").write_text(g.format_codes(codes[:40]))
+    assert "codes for 40 items" in run(capsys, "--codes", "own.json", expect=1).err
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--dataset", "beuty"], "unknown dataset 'beuty'"), (["--dataset", "."], "does not exist; the folder must hold"),
+    (["--loss", "tbb"], "--loss tbb is not one of sft, db, tb"), (["--reward", "aug,xx"], "--reward aug,xx must name"),
+    (["--k", "0"], "--k 0 must be 1 or more"), (["--lam", "-1"], "--lam -1.0 must be"), (["--k", "40"], "lower --k"),
+    (["--lr", "nan"], "--lr nan must be"), (["--sasrec-dim", "15"], "multiple of --sasrec-heads"),
+    (["--codes", "none.json"], "No such file or directory: none.json"), (["--precision", "fp16"], "fp16 needs a GPU"),
+    (["--item-vectors", "none.npy"], "none.npy"), (["--device", "tpu"], "--device tpu is not one of")])
+def test_bad_settings_are_one_sentence(world, capsys, flags, words):
+    err = run(capsys, *flags, expect=1).err
+    assert words in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--los", "tb"], "unrecognized arguments: --los tb (did you mean --loss?)"), (["--k", "many"], "invalid int value")])
+def test_wrong_flags_are_one_sentence(capsys, flags, words):
+    with pytest.raises(SystemExit) as stop:
+        g.main(flags)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and words in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("stage", ["codes", "sasrec", "sft", "tb"])
+def test_ctrl_c_in_any_stage_loses_nothing(world, capsys, monkeypatch, stage):
+    fit = g.fit
+
+    def interrupted(model, title, *rest, **options):
+        if title == stage:
+            raise KeyboardInterrupt
+        return fit(model, title, *rest, **options)
+
+    monkeypatch.setattr(g, "fit", interrupted)
+    assert "the same command goes on" in run(capsys, expect=130).err
+    assert not list((world / "runs" / "toy").glob(f"{stage}-*/checkpoint.pt"))
+    done = len(list((world / "runs" / "toy").glob("*/checkpoint.pt")))
+    monkeypatch.setattr(g, "fit", fit)
+    assert run(capsys).out.count("kept from before") == max(done - (stage != "codes"), 0)
+
+
+def test_a_full_disk_is_said_and_leaves_nothing_half_written(world, capsys, monkeypatch):
+    write = datasets.write_atomically
+
+    def full(path, content):
+        if path.name == "checkpoint.pt" and "sasrec" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, content)
+
+    monkeypatch.setattr(datasets, "write_atomically", full)
+    err = run(capsys, expect=1).err
+    assert err.startswith("error: No space left on device: runs/toy/sasrec") and err.count("\n") == 1
+    assert not list(world.rglob("*.part"))
+
+
+def test_foreign_and_damaged_checkpoints_are_refused(world, capsys):
+    run(capsys)
+    path, = (world / "runs" / "toy").glob("sft-*/checkpoint.pt")
+    result = datasets.read_checkpoint(path)
+    torch.save({**result, "state": {"embedding.weight": torch.zeros(2, 2)}}, path)
+    assert "holds a model of another size" in run(capsys, expect=1).err
+    path.write_bytes(path.read_bytes()[:100])
+    assert "is damaged or not of this program" in run(capsys, expect=1).err
+
+
+def test_help_names_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        g.main(["--help"])
+    out = capsys.readouterr().out
+    assert all("--" + f.name.replace("_", "-") in out for f in g.dataclasses.fields(g.Config))
