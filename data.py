@@ -1,6 +1,6 @@
 """Data for GFlowGR: download, verify, load, split, item text to vectors, and a toy world with known tastes.
 
-    python data.py beauty            download and check Beauty, then print its figures (also: yelp, instruments, toy)
+    python data.py beauty            download and check Beauty, print its figures (or yelp, instruments, toy)
     python data.py path/to/Name      check a folder of your own: Name.inter.json and Name.item.json
 
 The files are those that LETTER publishes (its pre-processing is the one GFlowGR's paper uses):
@@ -9,13 +9,17 @@ The files are those that LETTER publishes (its pre-processing is the one GFlowGR
     NAME.item.json    {"0": {"title": "...", "description": "..."}}    item id -> text, ids 0 .. n_items - 1
 
 Everything a training loop needs then lives in four flat tensors (`Examples`): a batch of histories is one
-gather, so there is no DataLoader and no Python per sample. Shapes: U users, N items, E examples, B batch rows,
-T history length.
+gather, without a DataLoader and without Python per sample. Below that is the plumbing of gflowgr.py: files of
+vectors and codes, results on disk, and a command line made from a dataclass.
+
+Shapes: U users, N items, E examples, B batch rows, T history length, L codes per item.
 """
 from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
+import difflib
 import hashlib
 import http.client
 import io
@@ -48,7 +52,7 @@ DATASETS = {  # --dataset -> folder name and the git blob id of each file: sha1 
 
 
 class DataError(Exception):
-    """Something is wrong with the input; the message is one sentence that says what, where, and what to do."""
+    """Something is wrong with the input; the message is a sentence: what, where, and what to do."""
 
 
 class Data(NamedTuple):
@@ -93,7 +97,8 @@ def fetch(url: str, timeout: float = 30.0) -> bytes:
     than its announced length counts as http.client.IncompleteRead."""
     with urllib.request.urlopen(url, timeout=timeout) as response:
         size, chunks, received = int(response.headers.get("Content-Length") or 0), [], 0
-        with tqdm(total=size or None, unit="B", unit_scale=True, desc=url.rsplit("/", 1)[-1], leave=False) as bar:
+        name = url.rsplit("/", 1)[-1]
+        with tqdm(desc=name, total=size or None, unit="B", unit_scale=True, disable=None) as bar:
             while chunk := response.read(1 << 16):
                 chunks.append(chunk)
                 received += len(chunk)
@@ -104,7 +109,7 @@ def fetch(url: str, timeout: float = 30.0) -> bytes:
 
 
 def fetch_patiently(url: str, pauses: tuple[float, ...] = (1.0, 4.0)) -> bytes:
-    """`fetch`, tried again after each pause when the server fails (5xx) or the connection breaks, not for 4xx."""
+    """`fetch`, tried again after each pause when the server fails (5xx) or the connection breaks."""
     for pause in (*pauses, None):
         try:
             return fetch(url)
@@ -116,10 +121,11 @@ def fetch_patiently(url: str, pauses: tuple[float, ...] = (1.0, 4.0)) -> bytes:
     raise AssertionError("unreachable")
 
 
-def download(dataset: str, data_dir: Path, base_url: str = BASE_URL, pauses: tuple[float, ...] = (1.0, 4.0)) -> Path:
+def download(dataset: str, data_dir: Path, base_url: str = BASE_URL,
+             pauses: tuple[float, ...] = (1.0, 4.0)) -> Path:
     """Bring the files of a built-in dataset into data_dir/NAME and return that folder.
 
-    Files that already lie there are used as they are. What is downloaded must match its git blob id, and a file
+    Files that already lie there are used as they are. What is downloaded must match its git blob id; a file
     that is cut off or wrong never appears under the final name. Raises DataError.
     """
     name, blob_ids = DATASETS[dataset]
@@ -135,8 +141,8 @@ def download(dataset: str, data_dir: Path, base_url: str = BASE_URL, pauses: tup
             raise DataError(f"could not fetch {url} ({reason}); put the file by hand at {path}, "
                             "or use --dataset toy, which needs no network") from error
         if git_blob_id(content) != blob_id:
-            raise DataError(f"{url} is not the expected file (git blob {git_blob_id(content)}, expected {blob_id}); "
-                            f"nothing was kept: try again, or put the file by hand at {path}")
+            raise DataError(f"{url} is not the expected file (its git blob id is {git_blob_id(content)}, not "
+                            f"{blob_id}); nothing was kept: try again, or put the file by hand at {path}")
         write_atomically(path, content)
     return Path(data_dir) / name
 
@@ -144,7 +150,7 @@ def download(dataset: str, data_dir: Path, base_url: str = BASE_URL, pauses: tup
 # ---------------------------------------------------------------------------------------------- load
 
 def load(dataset: str, data_dir: Path = Path("data"), seed: int = 42) -> Data:
-    """Load `toy`, a built-in dataset (downloaded when missing) or a folder of the user's own. Raises DataError."""
+    """Load `toy`, a built-in dataset (downloaded if missing) or the user's own folder. Raises DataError."""
     if dataset == "toy":
         return toy(seed)
     if dataset in DATASETS:
@@ -205,7 +211,8 @@ def read_sequences(path: Path, content: dict, n_items: int) -> list[list[int]]:
     """The users' sequences, each at least 3 items out of 0 .. n_items - 1. Raises DataError."""
     for user, sequence in content.items():
         if not isinstance(sequence, list):
-            raise DataError(f'{path}: user "{user}" must have a list of item ids, not {json.dumps(sequence)[:80]}')
+            raise DataError(f'{path}: user "{user}" must have a list of item ids, not '
+                            f"{json.dumps(sequence)[:80]}")
         if len(sequence) < 3:
             raise DataError(f'{path}: user "{user}" has {len(sequence)} interactions; at least 3 are needed '
                             "(one each for training, validation and test): remove the user")
@@ -223,12 +230,13 @@ def flatten(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(flat), torch.from_numpy(np.concatenate([[0], lengths.cumsum()]))
 
 
-def toy(seed: int = 42, n_users: int = 2000, n_items: int = 600, n_categories: int = 15, n_brands: int = 20) -> Data:
+def toy(seed: int = 42, n_users: int = 2000, n_items: int = 600, n_categories: int = 15,
+        n_brands: int = 20) -> Data:
     """A small world whose users' true preferences are known.
 
-    A user has a few favourite categories and brands, and every item an appeal of its own. Sequences of 5 to 20
-    items are drawn, without repetition, from the softmax of that preference, with a pull towards the category of
-    the item before. `liked` holds each user's 5 % most preferred items, most of which the user never meets.
+    A user has favourite categories and brands, and every item an appeal of its own. Sequences of 5 to 20 items
+    are drawn, without repetition, from the softmax of that preference, with a pull towards the category of the
+    item before. `liked`: each user's 5 % most preferred items, most of which the user never meets.
     """
     rng = np.random.default_rng(seed)
     category, brand = rng.integers(n_categories, size=n_items), rng.integers(n_brands, size=n_items)
@@ -239,14 +247,16 @@ def toy(seed: int = 42, n_users: int = 2000, n_items: int = 600, n_categories: i
     chosen, seen = [], np.zeros((n_users, n_items), bool)
     for _ in range(lengths.max()):
         pull = 1.5 * (category == category[chosen[-1]][:, None]) if chosen else 0.0
-        noise = rng.gumbel(size=preference.shape)  # argmax of logits + Gumbel noise is a draw from their softmax
+        noise = rng.gumbel(size=preference.shape)      # the argmax of logits + noise is a draw from softmax
         chosen.append(np.where(seen, -np.inf, preference + pull + noise).argmax(1))
         seen[np.arange(n_users), chosen[-1]] = True
     flat, offsets = flatten([list(row[:n]) for row, n in zip(np.stack(chosen, 1), lengths)])
     titles = [f"brand{b} product{i} of category{c}" for i, (b, c) in enumerate(zip(brand, category))]
-    texts = [f"{t} kind{c} style{c} maker{b} tone{rng.integers(40)}" for t, c, b in zip(titles, category, brand)]
+    texts = [f"{title} kind{c} style{c} maker{b} tone{rng.integers(40)}"
+             for title, c, b in zip(titles, category, brand)]
     liked = preference >= np.quantile(preference, 0.95, axis=1, keepdims=True)
-    return Data("toy", titles, texts, flat, offsets, torch.from_numpy(liked), f"toy-{seed}-{n_users}-{n_items}")
+    fingerprint = git_blob_id(flat.numpy().tobytes() + "\n".join(texts).encode())
+    return Data("toy", titles, texts, flat, offsets, torch.from_numpy(liked), fingerprint)
 
 
 # ---------------------------------------------------------------------------------------------- split
@@ -271,19 +281,20 @@ class Examples:
         """Histories (B, T), oldest first, padded on the right to the longest of them, and targets (B,)."""
         start, end = self.start[rows], self.end[rows]
         position = start[:, None] + torch.arange(int((end - start).max()), device=end.device)
-        history = torch.where(position < end[:, None], self.items[position.clamp(max=len(self.items) - 1)], self.pad)
-        return history, self.items[end]
+        items = self.items[position.clamp(max=len(self.items) - 1)]
+        return torch.where(position < end[:, None], items, self.pad), self.items[end]
 
 
 def split(data: Data, max_history: int = 20) -> dict[str, Examples]:
-    """Leave-one-out: each user's last item is the test target, the one before it the validation target, and each
-    earlier one but the first a training target; its history is the last `max_history` items before it."""
+    """Leave-one-out: each user's last item is the test target, the one before it the validation target, each
+    earlier one but the first a training target; the history is the last `max_history` items before it."""
     first, last = data.offsets[:-1], data.offsets[1:] - 1                              # (U,)
     user = torch.repeat_interleave(torch.arange(data.n_users), data.offsets.diff())    # (n_interactions,)
     position = torch.arange(len(data.items))
     train = position[(position > first[user]) & (position < last[user] - 1)]
     ends = {"train": train, "valid": last - 1, "test": last}
-    return {part: Examples(data.items, torch.maximum(first[user[end]], end - max_history), end, user[end], data.n_items)
+    start = {part: torch.maximum(first[user[end]], end - max_history) for part, end in ends.items()}
+    return {part: Examples(data.items, start[part], end, user[end], data.n_items)
             for part, end in ends.items()}
 
 
@@ -292,6 +303,15 @@ def popularity(data: Data) -> torch.Tensor:
     held_out = torch.cat([data.offsets[1:] - 1, data.offsets[1:] - 2])
     return (torch.bincount(data.items, minlength=data.n_items)
             - torch.bincount(data.items[held_out], minlength=data.n_items))
+
+
+def liked_unseen(recommended: torch.Tensor, data: Data) -> float:
+    """How many items of a top 10 the user truly likes and never clicked, on average: only a toy world knows.
+    recommended (U, W) item ids of all users, best first, N where there is none."""
+    unseen = torch.ones(data.n_users, data.n_items + 1, dtype=torch.bool)
+    unseen[torch.repeat_interleave(torch.arange(data.n_users), data.offsets.diff()), data.items] = False
+    wanted = torch.nn.functional.pad(data.liked, (0, 1)) & unseen
+    return wanted.gather(1, recommended[:, :10].cpu()).sum(1).double().mean().item()
 
 
 # ---------------------------------------------------------------------------------------------- item vectors
@@ -333,9 +353,32 @@ def read_vectors(path: Path, n_items: int) -> torch.Tensor:
         raise DataError(f"{path} holds {found}; expected one row of numbers for each of the {n_items} items")
     wrong = np.flatnonzero(~np.isfinite(vectors).all(1))
     if len(wrong):
-        raise DataError(f"{path}: row {wrong[0]} is not finite ({len(wrong)} such rows); each item needs real numbers")
+        raise DataError(f"{path}: row {wrong[0]} is not finite ({len(wrong)} such rows); items need numbers")
     vectors = torch.from_numpy(vectors.astype(np.float32))
     return vectors / vectors.square().mean().sqrt().clamp(min=1e-12)
+
+
+def format_codes(codes: Tensor) -> str:
+    """Codes (N, L) as LETTER's NAME.index.json: {"0": ["<a_183>", "<b_70>", ...], ...}."""
+    return json.dumps({str(item): [f"<{chr(97 + level)}_{code}>" for level, code in enumerate(path)]
+                       for item, path in enumerate(codes.tolist())})
+
+
+def read_codes(path: Path, n_items: int) -> Tensor:
+    """Codes (N, L) from a file in LETTER's format. Raises DataError: malformed, or for other items."""
+    content = read_json(path)
+    if content.keys() != set(map(str, range(n_items))):
+        raise DataError(f'{path} has codes for {len(content)} items, but this dataset has the items "0" to '
+                        f'"{n_items - 1}": give the code file that belongs to it')
+    rows = []
+    for item in map(str, range(n_items)):
+        tokens = content[item] if isinstance(content[item], list) else [content[item]]
+        found = [re.fullmatch(r"<[a-z]_(\d{1,5})>", str(token)) for token in tokens]
+        if not all(found) or not found or len(found) != len(content["0"]):
+            raise DataError(f'{path}: item "{item}" has the codes {json.dumps(content[item])[:80]}, but each '
+                            'item needs the same number of codes such as "<a_183>"')
+        rows.append([int(match[1]) for match in found])
+    return torch.tensor(rows)
 
 
 # ---------------------------------------------------------------------------------------------- kept results
@@ -377,6 +420,30 @@ def read_checkpoint(path: Path) -> dict:
 
 # ---------------------------------------------------------------------------------------------- command line
 
+def command_line(settings: type, argv: list[str] | None, prog: str, description: str):
+    """An instance of the dataclass `settings` from the command line, one flag for each of its fields, whose
+    metadata hold "help" and "group". A mistake is one sentence on stderr and exit code 2."""
+    fields = {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(settings)}
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            wrong = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+            close = difflib.get_close_matches(wrong[1], fields, 1) if wrong else []
+            self.exit(2, f"error: {message}{f' (did you mean {close[0]}?)' if close else ''}; see --help\n")
+
+    parser = Parser(prog=prog, usage=f"python {prog} [--SETTING VALUE ...]", description=description,
+                    allow_abbrev=False)
+    groups = {f.metadata["group"]: None for f in fields.values()}
+    groups = {name: parser.add_argument_group(name) for name in groups}
+    for flag, f in fields.items():
+        kind = type(f.default)
+        how = {"type": kind, "metavar": "VALUE"}
+        groups[f.metadata["group"]].add_argument(
+            flag, default=f.default, help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"),
+            **({"action": argparse.BooleanOptionalAction} if kind is bool else how))
+    return settings(**vars(parser.parse_args(argv)))
+
+
 def describe(data: Data) -> str:
     """The dataset's figures as a small table."""
     n = len(data.items)
@@ -390,7 +457,7 @@ def main(argv: list[str] | None = None) -> int:
     """`python data.py NAME`: bring and check a dataset, print its figures. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="data.py", allow_abbrev=False, description=main.__doc__)
     parser.add_argument("dataset", help=f"toy, {', '.join(DATASETS)}, or the path of a folder of your own")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where NAME/ lies (default: data)")
+    parser.add_argument("--data-dir", type=Path, default="data", help="where NAME/ lies (default: data)")
     args = parser.parse_args(argv)
     try:
         print(describe(load(args.dataset, args.data_dir)))

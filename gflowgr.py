@@ -1,13 +1,13 @@
 """GFlowGR in one file: fine-tuning generative recommenders with generative flow networks (arXiv 2506.16114).
 
 A generative recommender writes an item as a short path of codes, so it is a policy on a tree whose leaves are
-the items. Trained on clicks alone (SFT), it takes everything else for negative. GFlowGR adds paths of unclicked
+the items. Trained on clicks alone (SFT), it takes all else for negative. GFlowGR adds paths of unclicked
 items, chosen from easy to hard by a collaborative model, rewards each path, and trains the generator until the
 probability of an item is proportional to its reward:
 
     item text --TF-IDF, SVD--> vectors --RQ-VAE--> codes ------------------------------+
-    histories --SASRec--> scores --curriculum--> K unclicked items --> reward, weight -+--> T5 <-- DB / TB loss
-    recommendations <-- beam search over the trie of all items' codes <------------------+
+    histories --SASRec--> scores --curriculum--> K unclicked items --> reward, weight -+-> DB / TB loss -> T5
+    recommendations <-- beam search over the trie of all items' codes <----------------------------------- T5
 
     python gflowgr.py --loss tb                       a toy world, nothing to download
     python gflowgr.py --loss tb --dataset beauty      Amazon Beauty, all stages
@@ -15,17 +15,15 @@ probability of an item is proportional to its reward:
 
 Shapes, everywhere:
     B  users (histories) in a batch     T  items in a history          N  items in the catalogue
-    P  paths per history: 1 observed + K augmented                     L  codes per item     C  codes per level
+    P  paths per history: 1 observed + K augmented                     L  codes per item   C  codes per level
     W  beams                            d  width of the model          H  attention heads
 The id N pads short histories. A trajectory y = (y_1 .. y_L) walks s_0 -> s_1 -> .. -> s_L down a tree: every
 state has one parent, so log P_B = 0, and P_F(s_l | s_{l-1}) is the generator's p(y_l | x, y_<l).
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
@@ -66,7 +64,7 @@ class Config:
     codebook_size: int = knob(256, "codes", "codes per level, C [paper]")
     code_dim: int = knob(32, "codes", "dimensions of a code vector [paper]")
     commitment: float = knob(0.25, "codes", "weight of the commitment loss [paper]")
-    code_steps: int = knob(3000, "codes", "training steps of the RQ-VAE [ours]")
+    code_epochs: int = knob(250, "codes", "passes of the RQ-VAE over the items [ours]")
 
     weight_decay: float = knob(0.01, "training", "AdamW's weight decay [ours]")
     evaluations: int = knob(8, "training", "how often a training is validated (NDCG@10) [ours]")
@@ -90,16 +88,16 @@ class Config:
     dropout: float = knob(0.1, "sft", "dropout of the generator [paper]")
     beam: int = knob(20, "sft", "beams of the constrained search, W [paper]")
     batch: int = knob(256, "sft", "histories in a batch, B [ours]")
-    lr: float = knob(1e-3, "sft", "peak learning rate, with warm-up and cosine decay [ours]")
+    lr: float = knob(0.01, "sft", "peak rate of Adafactor, relative to a weight's size [ours]")
     sft_epochs: float = knob(20.0, "sft", "passes over the training pairs by SFT [ours]")
 
     loss: str = knob("tb", "finetune", "fine-tuning method: sft (go on with it), db or tb")
     from_scratch: bool = knob(False, "finetune", "fine-tune an untrained generator, for both trainings' time")
-    finetune_epochs: float = knob(5.0, "finetune", "length in SFT passes; a costlier method takes fewer steps [ours]")
-    finetune_lr: float = knob(3e-4, "finetune", "peak learning rate of the fine-tuning [ours]")
+    finetune_epochs: float = knob(5.0, "finetune", "length, in passes of SFT; costly steps are fewer [ours]")
+    finetune_lr: float = knob(0.003, "finetune", "peak rate of Adafactor in the fine-tuning [ours]")
     k: int = knob(4, "finetune", "augmented trajectories beside the observed one, K [paper]")
     lam: float = knob(0.01, "finetune", "lambda of Eq. 7, the weight of the GFlowNet term [ours]")
-    sampler: str = knob("curriculum", "finetune", "augmented items: curriculum [paper], random, none (ablations)")
+    sampler: str = knob("curriculum", "finetune", "augmented items: curriculum [paper], random, none")
     hardness: float = knob(3.0, "finetune", "b: the curriculum's beta rises from -b to +b [ours]")
     pool: int = knob(512, "finetune", "random items that the curriculum chooses from, per batch [ours]")
     reward: str = knob("aug,cf,sim", "finetune", "parts of the reward, any of aug, cf, sim [paper]")
@@ -166,7 +164,7 @@ class ResidualQuantiser(nn.Module):
         return moved
 
     def forward(self, x: Tensor) -> Quantised:
-        """x (B, d) -> Quantised; its loss is the sum over levels of |sg(r) - q|^2 + commitment |r - sg(q)|^2."""
+        """x (B, d) -> Quantised; its loss sums |sg(r) - q|^2 + commitment * |r - sg(q)|^2 over levels."""
         residual, value, loss, codes, residuals = x, torch.zeros_like(x), x.new_zeros(()), [], []
         for codebook in self.codebooks:
             residuals.append(residual)
@@ -202,36 +200,13 @@ class RQVAE(nn.Module):
 
 
 def unique_paths(codes: Tensor) -> Tensor:
-    """Append a code that counts the items of equal codes: (N, L) -> (N, L + 1), rows all different (TIGER)."""
+    """Append a code that counts items of equal codes: (N, L) -> (N, L + 1), all rows different (TIGER)."""
     _, group = torch.unique(codes, dim=0, return_inverse=True)
     order = torch.argsort(group, stable=True)                   # equal codes side by side, by item id
     size = torch.bincount(group)
     last = torch.empty_like(group)
     last[order] = torch.arange(len(group), device=group.device) - (size.cumsum(0) - size)[group[order]]
     return torch.cat([codes, last[:, None]], 1)
-
-
-def format_codes(codes: Tensor) -> str:
-    """Codes (N, L) as LETTER's NAME.index.json: {"0": ["<a_183>", "<b_70>", ...], ...}."""
-    return json.dumps({str(item): [f"<{chr(97 + level)}_{code}>" for level, code in enumerate(path)]
-                       for item, path in enumerate(codes.tolist())})
-
-
-def read_codes(path: Path, n_items: int) -> Tensor:
-    """Codes (N, L) from a file in LETTER's format. Raises DataError: malformed, or for other items."""
-    content = datasets.read_json(path)
-    if content.keys() != set(map(str, range(n_items))):
-        raise DataError(f'{path} has codes for {len(content)} items, but this dataset has the items "0" to '
-                        f'"{n_items - 1}": give the code file that belongs to it')
-    rows = []
-    for item in map(str, range(n_items)):
-        tokens = content[item] if isinstance(content[item], list) else [content[item]]
-        found = [re.fullmatch(r"<[a-z]_(\d{1,5})>", str(token)) for token in tokens]
-        if not all(found) or not found or len(found) != len(content["0"]):
-            raise DataError(f'{path}: item "{item}" has the codes {json.dumps(content[item])[:80]}, but each '
-                            'item needs the same number of codes such as "<a_183>"')
-        rows.append([int(match[1]) for match in found])
-    return torch.tensor(rows)
 
 
 # ==================================================================================== 3. SASRec
@@ -247,7 +222,7 @@ class SASRec(nn.Module):
         nn.init.normal_(self.item.weight[:-1], std=0.02)
         nn.init.normal_(self.position.weight, std=0.02)
         self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(dim, heads, 4 * dim, dropout, "gelu", batch_first=True, norm_first=True)
+            nn.TransformerEncoderLayer(dim, heads, 4 * dim, dropout, batch_first=True, norm_first=True)
             for _ in range(layers))
         self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
 
@@ -375,7 +350,7 @@ class Block(nn.Module):
         return x + self.dropout(h), present
 
 
-def relative_buckets(queries: int, keys: int, two_sided: bool, buckets: int = 32, furthest: int = 128) -> Tensor:
+def relative_buckets(queries: int, keys: int, two_sided: bool, buckets=32, furthest=128) -> Tensor:
     """T5's bucket of each relative position, key - query: (queries, keys) int64. Half of the buckets hold one
     distance each, the others grow logarithmically up to `furthest`. The queries are the last of the keys."""
     distance = torch.arange(keys) - torch.arange(keys - queries, keys)[:, None]
@@ -400,7 +375,8 @@ class T5(nn.Module):
     """The standard T5 (Raffel et al. 2020) and a flow head. Token 0 pads and starts, 1 + l * C + c is code c
     of level l. Each level has tokens of its own, so what comes next is a choice among C codes."""
 
-    def __init__(self, levels: int, codes: int, d_model=128, heads=4, d_kv=32, d_ff=512, layers=3, dropout=0.1):
+    def __init__(self, levels: int, codes: int, d_model=128, heads=4, d_kv=32, d_ff=512, layers=3,
+                 dropout=0.1):
         super().__init__()
         self.levels, self.codes, self.d_model = levels, codes, d_model
         self.embedding = nn.Embedding(1 + levels * codes, d_model)
@@ -412,8 +388,8 @@ class T5(nn.Module):
         for table in (self.encoder_bias, self.decoder_bias):
             nn.init.normal_(table.weight, std=d_model ** -0.5)
         self.encoder_norm, self.decoder_norm = RMSNorm(d_model), RMSNorm(d_model)
-        self.flow = linear(d_model, 1, 0.0)
-        self.log_z = nn.Parameter(torch.zeros(()))      # one Z for all users, used with --z scalar
+        self.flow = linear(d_model, 1, d_model ** -0.5)
+        self.scalar_z = nn.Parameter(torch.ones(()))    # log Z / 10 of all users, used with --z scalar
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens (..) -> (.., d). Under autocast the residual stream has autocast's type from here on."""
@@ -505,7 +481,8 @@ class Trie:
         trajectory balance has its optimum at p(y | x) = R(y) / Z(x) exactly. [ours]
         """
         child, real = self.children(node, level)
-        return child, logits.float().gather(-1, self.code[child]).masked_fill(~real, -torch.inf).log_softmax(-1)
+        allowed = logits.float().gather(-1, self.code[child])
+        return child, allowed.masked_fill(~real, -torch.inf).log_softmax(-1)
 
 
 # ==================================================================================== 6. trajectories
@@ -529,7 +506,7 @@ class Catalogue(NamedTuple):
 def path_log_probs(model: T5, catalogue: Catalogue, history: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
     """How likely each step of the paths of items (B, P) is, given histories (B, T).
 
-    -> log_pf (B, P, L), [.., l] being log P_F(s_{l+1} | s_l), and log F (B, P, L) of the states s_0 .. s_{L-1}.
+    -> log_pf (B, P, L), [.., l] being log P_F(s_{l+1} | s_l), and log_flow (B, P, L) of s_0 .. s_{L-1}.
     """
     memory = model.encode(catalogue.tokens[history].flatten(1))
     state, _ = model.decode(F.pad(catalogue.tokens[items][..., :-1], (1, 0)), memory)
@@ -573,7 +550,7 @@ def trajectories(sasrec: SASRec, cfg: Config, history: Tensor, target: Tensor,
     return items, (scores.gather(1, items) - low) / (high - low).clamp(min=1e-6)
 
 
-# ==================================================================================== 7. reward and confidence
+# ==================================================================================== 7. reward
 
 
 def reward(r_aug: Tensor, r_cs: Tensor, r_sim: Tensor, parts: str = "aug,cf,sim") -> Tensor:
@@ -645,8 +622,8 @@ def method_loss(model: T5, sasrec: SASRec, catalogue: Catalogue, cfg: Config, hi
     log_reward = reward(r_aug, r_cs, r_sim, cfg.reward).clamp(min=cfg.reward_floor).log()
     weight = confidence(r_aug, r_cs) if cfg.confidence else torch.ones_like(r_cs)
     log_pf, log_flow = path_log_probs(model, catalogue, history, items)
-    if cfg.z == "scalar":                       # 100: Adam's steps are small, and log Z has far to go
-        log_flow = torch.cat([(100 * model.log_z).expand_as(log_flow[..., :1]), log_flow[..., 1:]], -1)
+    if cfg.z == "scalar":
+        log_flow = torch.cat([(10 * model.scalar_z).expand_as(log_flow[..., :1]), log_flow[..., 1:]], -1)
     balance = method.objective(log_pf, log_flow, log_reward)                        # (B, P)
     return (sft(log_pf[:, 0]) + cfg.lam * (weight * balance).sum(1)).mean()
 
@@ -689,22 +666,21 @@ def schedule(progress: float, warmup: float = 0.05) -> float:
     return min(progress / warmup, 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def fit(model: nn.Module, title: str, loss_of: Callable, batches: Iterator[Tensor], steps: int, lr: float,
-        log: Callable, dtype=torch.float32, weight_decay=0.0, evaluations=0, validate: Callable | None = None,
-        after: Callable = lambda step: None) -> dict:
-    """Train any model of this file; the one loop for all of them.
+def fit(model: nn.Module, title: str, loss_of: Callable, batches: Iterator[Tensor], steps: int,
+        optimiser: torch.optim.Optimizer, log: Callable, dtype: torch.dtype = torch.float32, evaluations: int = 0,
+        validate: Callable | None = None, after: Callable = lambda step: None) -> dict[str, Tensor]:
+    """Train any model of this file: the one loop for all of them.
 
     loss_of(rows, progress) -> scalar; validate() -> metrics, of which N@10 chooses the state that is returned
     (the last one without validation); after(step) runs behind every step. Raises DataError: loss not finite.
     """
-    device = next(model.parameters()).device
-    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+    device, peak = next(model.parameters()).device, optimiser.param_groups[0]["lr"]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     checks = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
     best, best_score, metrics = None, -1.0, {}
     with tqdm(desc=title, total=steps, unit="step", disable=None, leave=False) as bar:
         for step, rows in enumerate(batches, 1):
-            optimiser.param_groups[0]["lr"] = lr * schedule(step / steps)
+            optimiser.param_groups[0]["lr"] = peak * schedule(step / steps)
             model.train()
             with mixed_precision(device, dtype):
                 loss = loss_of(rows, step / steps)
@@ -719,7 +695,7 @@ def fit(model: nn.Module, title: str, loss_of: Callable, batches: Iterator[Tenso
                 metrics = validate()
                 if metrics["N@10"] > best_score:
                     best, best_score = copy_state(model), metrics["N@10"]
-            if step % 50 == 0 or step in checks or step == steps:               # the only waits for the device
+            if step % 50 == 0 or step in checks or step == steps:           # the only waits for the device
                 if not math.isfinite(value := loss.item()):
                     raise DataError(f"{title}: the loss is {value} at step {step}; lower the learning rate")
                 log({"step": step, "loss": value, **(metrics if step in checks else {})})
@@ -734,7 +710,7 @@ def copy_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: weight.detach().cpu().clone() for name, weight in model.state_dict().items()}
 
 
-# ==================================================================================== 10. decoding and metrics
+# ==================================================================================== 10. decoding, metrics
 
 
 @torch.no_grad()
@@ -772,15 +748,6 @@ def ranking_metrics(recommended: Tensor, target: Tensor) -> dict[str, float]:
     gain = hit / torch.log2(torch.arange(hit.shape[1], device=hit.device).double() + 2)
     return {**{f"R@{k}": hit[:, :k].sum(1).mean().item() for k in (1, 5, 10, 20)},
             **{f"N@{k}": gain[:, :k].sum(1).mean().item() for k in (5, 10, 20)}}
-
-
-def liked_unseen(recommended: Tensor, data: datasets.Data) -> float:
-    """How many items of a top 10 the user truly likes yet never clicked, on average; toy worlds only know.
-    recommended (U, W) item ids, all users."""
-    clicked = torch.zeros(data.n_users, data.n_items + 1, dtype=torch.bool)
-    clicked[torch.repeat_interleave(torch.arange(data.n_users), data.offsets.diff()), data.items] = True
-    wanted = F.pad(data.liked, (0, 1)) & ~clicked
-    return wanted.gather(1, recommended[:, :10].cpu()).sum(1).double().mean().item()
 
 
 # ==================================================================================== 11. main
@@ -849,14 +816,14 @@ class Run:
         recommended = torch.cat(found)[torch.argsort(order)]
         metrics = ranking_metrics(recommended, examples.items[examples.end[rows]])
         if self.data.liked is not None and len(rows) == self.data.n_users:
-            metrics["liked"] = liked_unseen(recommended, self.data)
+            metrics["liked"] = datasets.liked_unseen(recommended, self.data)
         return metrics
 
     def train(self, stage: str, model: nn.Module, recommend: Callable, loss_of: Callable,
-              batches: Iterator[Tensor], steps: int, lr: float, log: Callable) -> dict:
-        """Fit a recommender, choose its state on validation users, then score all of them and, once, the test."""
-        state = fit(model, stage, loss_of, batches, steps, lr, log, self.dtype, self.cfg.weight_decay,
-                    self.cfg.evaluations, lambda: self.score(model, recommend, "valid", self.valid_rows))
+              batches: Iterator[Tensor], steps: int, optimiser: torch.optim.Optimizer, log: Callable) -> dict:
+        """Fit a recommender, choose its state on validation users, score all of them and, once, the test."""
+        state = fit(model, stage, loss_of, batches, steps, optimiser, log, self.dtype, self.cfg.evaluations,
+                    lambda: self.score(model, recommend, "valid", self.valid_rows))
         model.load_state_dict(state)
         return {"state": state, **{part: self.score(model, recommend, part) for part in ("valid", "test")}}
 
@@ -873,17 +840,20 @@ class Run:
 def train_codes(run: Run, vectors: Tensor, log: Callable) -> dict:
     """Train the RQ-VAE on item vectors (N, d_in) and read off every item's codes."""
     cfg = run.cfg
-    model = RQVAE(vectors.shape[1], cfg.levels, cfg.codebook_size, cfg.code_dim, cfg.commitment).to(run.device)
+    model = RQVAE(vectors.shape[1], cfg.levels, cfg.codebook_size, cfg.code_dim, cfg.commitment)
+    model.to(run.device)
     with torch.no_grad():
         model.quantiser.initialise(model.encoder(vectors))
 
     def restart(step: int) -> None:
-        if step % 200 == 0 and step < 0.8 * cfg.code_steps:
+        if step % 200 == 0 and step < 0.8 * steps:      # afterwards the codes must come to rest
             with torch.no_grad():
                 model.quantiser.restart_dead_codes(model.encoder(vectors))
 
-    batches = length_batches(torch.zeros(len(vectors), device=run.device), 1024, cfg.code_steps)
-    fit(model, "codes", lambda rows, _: model(vectors[rows])[0], batches, cfg.code_steps, 1e-3, log, after=restart)
+    steps = cfg.code_epochs * math.ceil(len(vectors) / 1024)
+    batches = length_batches(torch.zeros(len(vectors), device=run.device), 1024, steps)
+    optimiser = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.0, fused=True)
+    fit(model, "codes", lambda rows, _: model(vectors[rows])[0], batches, steps, optimiser, log, after=restart)
     with torch.no_grad():
         loss, (codes, *_) = model(vectors)
     figures = {"loss": loss.item(), "collision_rate": 1 - len(codes.unique(dim=0)) / len(codes),
@@ -897,7 +867,7 @@ def item_codes(run: Run) -> Catalogue:
     cfg, data = run.cfg, run.data
 
     def given(log) -> dict:
-        codes = read_codes(Path(cfg.codes), data.n_items)
+        codes = datasets.read_codes(Path(cfg.codes), data.n_items)
         unique = len(codes.unique(dim=0)) == len(codes)
         return {"codes": codes if unique else unique_paths(codes), "semantic": codes.shape[1]}
 
@@ -908,7 +878,8 @@ def item_codes(run: Run) -> Catalogue:
         return train_codes(run, vectors.to(run.device), log)
 
     result = run.stage("codes", given if cfg.codes else learnt)
-    datasets.write_atomically(run.folder("codes") / f"{data.name}.index.json", format_codes(result["codes"]).encode())
+    index = run.folder("codes") / f"{data.name}.index.json"
+    datasets.write_atomically(index, datasets.format_codes(result["codes"]).encode())
     return Catalogue.of(result["codes"].to(run.device), result["semantic"])
 
 
@@ -921,11 +892,12 @@ def train_sasrec(run: Run) -> SASRec:
 
     def build(log) -> dict:
         train = datasets.split(run.data, cfg.sasrec_length)["train"].to(run.device)
-        whole = F.pad(train.user.diff() != 0, (0, 1), value=True).nonzero().squeeze(1)  # each user's last pair
+        whole = F.pad(train.user.diff() != 0, (0, 1), value=True).nonzero()[:, 0]   # each user's last pair
         steps = cfg.sasrec_epochs * math.ceil(len(whole) / cfg.sasrec_batch)
         batches = length_batches((train.end - train.start)[whole], cfg.sasrec_batch, steps)
+        optimiser = torch.optim.AdamW(model.parameters(), cfg.sasrec_lr, weight_decay=cfg.weight_decay, fused=True)
         return run.train("sasrec", model, lambda history: model.scores(history).float().topk(20).indices,
-                         lambda rows, _: model.loss(*train.batch(whole[rows])), batches, steps, cfg.sasrec_lr, log)
+                         lambda rows, _: model.loss(*train.batch(whole[rows])), batches, steps, optimiser, log)
 
     return run.load(model, "sasrec", run.stage("sasrec", build)["state"]).requires_grad_(False)
 
@@ -944,16 +916,19 @@ def train_generator(run: Run, stage: str, catalogue: Catalogue, sasrec: SASRec, 
         else:
             run.load(model, "sft", initial)
         steps = max(1, round(epochs * math.ceil(len(train) / cfg.batch) / METHODS[cfg.loss].cost))
+        # T5's own optimiser: its steps are relative to a weight's size, 1 in an embedding, 0.05 in a matrix.
+        optimiser = torch.optim.Adafactor(model.parameters(), cfg.lr if cfg.from_scratch else cfg.finetune_lr,
+                                          weight_decay=cfg.weight_decay)
         return run.train(
             cfg.loss, model, lambda history: beam_search(model, catalogue, history, max(cfg.beam, 20))[0],
             lambda rows, progress: method_loss(model, sasrec, catalogue, cfg, *train.batch(rows), progress),
-            length_batches(train.end - train.start, cfg.batch, steps), steps,
-            cfg.lr if cfg.from_scratch else cfg.finetune_lr, log)
+            length_batches(train.end - train.start, cfg.batch, steps), steps, optimiser, log)
 
     return run.load(model, stage, run.stage(stage, build)["state"])
 
 
-PAPER_R10 = {("Beauty", "sft"): 0.0558, ("Beauty", "tb"): 0.0651, ("Yelp", "sft"): 0.0334, ("Yelp", "tb"): 0.0404}
+PAPER_R10 = {("Beauty", "sft"): 0.0558, ("Beauty", "tb"): 0.0651,      # Table 1, TIGER
+             ("Yelp", "sft"): 0.0334, ("Yelp", "tb"): 0.0404}
 
 
 def results_table(run: Run) -> str:
@@ -978,8 +953,8 @@ def results_table(run: Run) -> str:
 def run_all(cfg: Config) -> str:
     """All stages in order, each one kept; returns the table of results."""
     run = Run(cfg)
-    print(f"{run.data.name}: {run.data.n_users:,} users, {run.data.n_items:,} items, {len(run.parts['train']):,} "
-          f"training pairs, on {run.device} in {str(run.dtype)[6:]}, seed {cfg.seed}")
+    print(f"{run.data.name}: {run.data.n_users:,} users, {run.data.n_items:,} items, "
+          f"{len(run.parts['train']):,} training pairs; {run.device}, {str(run.dtype)[6:]}, seed {cfg.seed}")
     catalogue = item_codes(run)
     sasrec = train_sasrec(run)
     start = train_generator(run, "sft", catalogue, sasrec, {})
@@ -996,38 +971,21 @@ def check(cfg: Config) -> Config:
             raise DataError(f"--{name} {getattr(cfg, name)} is not one of {', '.join(values)}")
     parts = cfg.reward.split(",")
     if not set(parts) <= {"aug", "cf", "sim"} or len(set(parts)) != len(parts):
-        raise DataError(f"--reward {cfg.reward} must name any of aug, cf, sim, once each, with commas between")
+        raise DataError(f"--reward {cfg.reward} must name any of aug, cf, sim, once each, commas between")
     for name, value in dataclasses.asdict(cfg).items():
-        if type(value) is int and value < 1 and name != "seed" or type(value) is float and not value >= 0:
-            raise DataError(f"--{name.replace('_', '-')} {value} must be {'1 or more' if type(value) is int else '0 or more'}")
+        low = {int: 1, float: 0}.get(type(value))
+        if low is not None and name != "seed" and not low <= value < math.inf:
+            raise DataError(f"--{name.replace('_', '-')} {value} must be {low} or more")
     if cfg.sasrec_dim % cfg.sasrec_heads:
-        raise DataError(f"--sasrec-dim {cfg.sasrec_dim} must be a multiple of --sasrec-heads {cfg.sasrec_heads}")
+        raise DataError(f"--sasrec-dim {cfg.sasrec_dim} is no multiple of --sasrec-heads {cfg.sasrec_heads}")
     return cfg
-
-
-def parse(argv: list[str] | None) -> Config:
-    """The command line: one flag per setting. A mistake is one sentence and exit code 2."""
-    fields = {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(Config)}
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            wrong = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-            close = difflib.get_close_matches(wrong[1], fields, 1) if wrong else []
-            self.exit(2, f"error: {message}{f' (did you mean {close[0]}?)' if close else ''}; see --help\n")
-
-    parser = Parser(prog="gflowgr.py", allow_abbrev=False, description=__doc__.splitlines()[0],
-                    usage="python gflowgr.py [--loss tb] [--dataset toy] [--SETTING VALUE ...]")
-    for flag, f in fields.items():
-        kind = type(f.default)
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": "VALUE"}
-        parser.add_argument(flag, default=f.default, help=f"{f.metadata['help']} (default: {f.default})", **how)
-    return Config(**vars(parser.parse_args(argv)))
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit code: 0, 1 for bad input, 130 for Ctrl-C (and 2 for a wrong flag)."""
     try:
-        print(run_all(check(parse(argv))))
+        settings = datasets.command_line(Config, argv, "gflowgr.py", __doc__.splitlines()[0])
+        print(run_all(check(settings)))
         return 0
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
