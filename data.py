@@ -418,11 +418,21 @@ def read_checkpoint(path: Path) -> dict:
     raise DataError(f"{path} is damaged or not of this program; remove it and the stage will be done again")
 
 
+def load_state(model: torch.nn.Module, state: dict, folder: Path) -> torch.nn.Module:
+    """Put a kept state into a model, ready for use. Raises DataError when it is of another size."""
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError):
+        raise DataError(f"{folder} holds a model of another size than these settings; remove that folder "
+                        "and the stage will be done again") from None
+    return model.eval()
+
+
 # ---------------------------------------------------------------------------------------------- command line
 
-def command_line(settings: type, argv: list[str] | None, prog: str, description: str):
-    """An instance of the dataclass `settings` from the command line, one flag for each of its fields, whose
-    metadata hold "help" and "group". A mistake is one sentence on stderr and exit code 2."""
+def command_line(settings: type, presets: dict[str, dict], argv: list[str] | None, prog: str, description: str):
+    """An instance of the dataclass `settings` from the command line: one flag for each field, whose metadata
+    hold "help" and "group". presets: other defaults for a --dataset. A mistake is one sentence and exit code 2."""
     fields = {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(settings)}
 
     class Parser(argparse.ArgumentParser):
@@ -436,12 +446,20 @@ def command_line(settings: type, argv: list[str] | None, prog: str, description:
     groups = {f.metadata["group"]: None for f in fields.values()}
     groups = {name: parser.add_argument_group(name) for name in groups}
     for flag, f in fields.items():
-        kind = type(f.default)
-        how = {"type": kind, "metavar": "VALUE"}
-        groups[f.metadata["group"]].add_argument(
-            flag, default=f.default, help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"),
-            **({"action": argparse.BooleanOptionalAction} if kind is bool else how))
+        defaults = [f"default: {f.default}", *(f"{dataset}: {preset[f.name]}" for dataset, preset in presets.items()
+                                               if f.name in preset)]
+        kind, text = type(f.default), f"{f.metadata['help']} ({', '.join(defaults)})"
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": "VALUE"}
+        groups[f.metadata["group"]].add_argument(flag, default=f.default, help=text.replace("%", "%%"), **how)
+    parser.set_defaults(**presets.get(parser.parse_args(argv).dataset, {}))
     return settings(**vars(parser.parse_args(argv)))
+
+
+def aligned(table: list[list[str]]) -> str:
+    """Rows of cells as lines: the first column to the left, the others to the right."""
+    width = [max(map(len, column)) for column in zip(*table)]
+    return "\n".join("  ".join([row[0].ljust(width[0]), *(cell.rjust(n) for cell, n in zip(row[1:], width[1:]))])
+                     for row in table)
 
 
 def describe(data: Data) -> str:

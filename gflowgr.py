@@ -71,14 +71,14 @@ class Config:
     valid_users: int = knob(4000, "training", "users of these validations; at the end all count [ours]")
     precision: str = knob("auto", "training", "auto, bf16, fp16 (CUDA, with gradient scaling) or fp32")
 
-    sasrec_dim: int = knob(64, "sasrec", "width of SASRec [ours]")
+    sasrec_dim: int = knob(128, "sasrec", "width of SASRec [ours]")
     sasrec_layers: int = knob(2, "sasrec", "layers of SASRec [paper]")
     sasrec_heads: int = knob(2, "sasrec", "attention heads of SASRec [ours]")
-    sasrec_dropout: float = knob(0.3, "sasrec", "dropout of SASRec [ours]")
+    sasrec_dropout: float = knob(0.4, "sasrec", "dropout of SASRec [ours]")
     sasrec_length: int = knob(50, "sasrec", "last items of a user's sequence that SASRec trains on [ours]")
     sasrec_batch: int = knob(128, "sasrec", "sequences in a SASRec batch [ours]")
     sasrec_lr: float = knob(1e-3, "sasrec", "peak learning rate of SASRec [ours]")
-    sasrec_epochs: int = knob(50, "sasrec", "passes over the users' sequences [ours]")
+    sasrec_epochs: int = knob(30, "sasrec", "passes over the users' sequences [ours]")
 
     d_model: int = knob(128, "sft", "width of the generator, d [paper]")
     heads: int = knob(4, "sft", "attention heads, H; TIGER has 6 [ours]")
@@ -89,11 +89,11 @@ class Config:
     beam: int = knob(20, "sft", "beams of the constrained search, W [paper]")
     batch: int = knob(256, "sft", "histories in a batch, B [ours]")
     lr: float = knob(0.01, "sft", "peak rate of Adafactor, relative to a weight's size [ours]")
-    sft_epochs: float = knob(20.0, "sft", "passes over the training pairs by SFT [ours]")
+    sft_epochs: float = knob(12.0, "sft", "passes over the training pairs by SFT [ours]")
 
     loss: str = knob("tb", "finetune", "fine-tuning method: sft (go on with it), db or tb")
     from_scratch: bool = knob(False, "finetune", "fine-tune an untrained generator, for both trainings' time")
-    finetune_epochs: float = knob(5.0, "finetune", "length, in passes of SFT; costly steps are fewer [ours]")
+    finetune_epochs: float = knob(3.0, "finetune", "length, in passes of SFT; costly steps are fewer [ours]")
     finetune_lr: float = knob(0.003, "finetune", "peak rate of Adafactor in the fine-tuning [ours]")
     k: int = knob(4, "finetune", "augmented trajectories beside the observed one, K [paper]")
     lam: float = knob(0.01, "finetune", "lambda of Eq. 7, the weight of the GFlowNet term [ours]")
@@ -108,6 +108,10 @@ class Config:
     data_dir: str = knob("data", "run", "where the datasets lie")
     runs_dir: str = knob("runs", "run", "where every stage's result is kept")
     device: str = knob("auto", "run", "auto (CUDA where there is one), cpu, cuda or cuda:N")
+
+
+PRESETS = {"toy": dict(levels=2, codebook_size=32, sasrec_epochs=30, d_model=64, d_kv=16, d_ff=256, layers=2,
+                       batch=64, sft_epochs=4.0, finetune_epochs=2.0, evaluations=4, valid_users=1000)}
 
 
 # ==================================================================================== 2. codes
@@ -594,16 +598,15 @@ def trajectory_balance(log_pf: Tensor, log_flow: Tensor, log_reward: Tensor) -> 
 
 
 class Method(NamedTuple):
-    """A fine-tuning method: where its trajectories come from, and the objective put on them."""
-    augmented: bool             # K items by --sampler beside the observed one
-    objective: Callable | None  # (log_pf, log_flow, log_reward) -> (B, P), added to SFT
+    """A fine-tuning method: the objective on the trajectories, observed and augmented ones."""
+    objective: Callable | None  # (log_pf, log_flow, log_reward) -> (B, P) of the 1 + K paths, added to SFT
     cost: float                 # time of its training step over SFT's, measured on two cores (README)
 
 
 METHODS = {
-    "sft": Method(False, None, 1.0),
-    "db": Method(True, detailed_balance, 1.5),
-    "tb": Method(True, trajectory_balance, 1.5),
+    "sft": Method(None, 1.0),
+    "db": Method(detailed_balance, 1.5),
+    "tb": Method(trajectory_balance, 1.5),
 }
 
 
@@ -699,6 +702,8 @@ def fit(model: nn.Module, title: str, loss_of: Callable, batches: Iterator[Tenso
                 if not math.isfinite(value := loss.item()):
                     raise DataError(f"{title}: the loss is {value} at step {step}; lower the learning rate")
                 log({"step": step, "loss": value, **(metrics if step in checks else {})})
+                if bar.disable and step in checks:                              # piped output has no bar
+                    print(f"  {title} {step:,}/{steps:,}: loss {value:.3f}, valid N@10 {metrics['N@10']:.4f}")
                 speed = f"{step * len(rows) / max(bar.format_dict['elapsed'], 1e-9):,.0f}"
                 bar.set_postfix({"loss": f"{value:.3f}", "rows/s": speed, "valid N@10": f"{best_score:.4f}"})
             bar.update()
@@ -799,7 +804,7 @@ class Run:
         folder, known = self.folder(stage), (self.folder(stage) / "checkpoint.pt").exists()
         torch.manual_seed(self.cfg.seed)
         result = datasets.keep(folder, self.settings(stage), build)
-        print(f"{stage:<10}{'kept from before' if known else f'''{result['seconds']:.1f} s'''}, in {folder}")
+        print(f"{stage:<10}{result['seconds']:7.1f} s, {'kept from before' if known else 'now kept'} in {folder}")
         self.results[stage] = result
         return result
 
@@ -825,16 +830,11 @@ class Run:
         state = fit(model, stage, loss_of, batches, steps, optimiser, log, self.dtype, self.cfg.evaluations,
                     lambda: self.score(model, recommend, "valid", self.valid_rows))
         model.load_state_dict(state)
-        return {"state": state, **{part: self.score(model, recommend, part) for part in ("valid", "test")}}
-
-    def load(self, model: nn.Module, stage: str, state: dict) -> nn.Module:
-        """Put a kept state into a model. Raises DataError when it is of another size."""
-        try:
-            model.load_state_dict(state)
-        except (RuntimeError, TypeError):
-            raise DataError(f"{self.folder(stage)} holds a model of another size than these settings; "
-                            "remove that folder and the stage will be done again") from None
-        return model.eval()
+        result = {"state": state}
+        for part in ("valid", "test"):
+            result[part] = self.score(model, recommend, part)
+            log({"scored": part})
+        return result
 
 
 def train_codes(run: Run, vectors: Tensor, log: Callable) -> dict:
@@ -899,7 +899,8 @@ def train_sasrec(run: Run) -> SASRec:
         return run.train("sasrec", model, lambda history: model.scores(history).float().topk(20).indices,
                          lambda rows, _: model.loss(*train.batch(whole[rows])), batches, steps, optimiser, log)
 
-    return run.load(model, "sasrec", run.stage("sasrec", build)["state"]).requires_grad_(False)
+    state = run.stage("sasrec", build)["state"]
+    return datasets.load_state(model, state, run.folder("sasrec")).requires_grad_(False)
 
 
 def train_generator(run: Run, stage: str, catalogue: Catalogue, sasrec: SASRec, initial: dict) -> T5:
@@ -914,7 +915,7 @@ def train_generator(run: Run, stage: str, catalogue: Catalogue, sasrec: SASRec, 
         if cfg.from_scratch:
             epochs += cfg.sft_epochs
         else:
-            run.load(model, "sft", initial)
+            datasets.load_state(model, initial, run.folder("sft"))
         steps = max(1, round(epochs * math.ceil(len(train) / cfg.batch) / METHODS[cfg.loss].cost))
         # T5's own optimiser: its steps are relative to a weight's size, 1 in an embedding, 0.05 in a matrix.
         optimiser = torch.optim.Adafactor(model.parameters(), cfg.lr if cfg.from_scratch else cfg.finetune_lr,
@@ -924,7 +925,7 @@ def train_generator(run: Run, stage: str, catalogue: Catalogue, sasrec: SASRec, 
             lambda rows, progress: method_loss(model, sasrec, catalogue, cfg, *train.batch(rows), progress),
             length_batches(train.end - train.start, cfg.batch, steps), steps, optimiser, log)
 
-    return run.load(model, stage, run.stage(stage, build)["state"])
+    return datasets.load_state(model, run.stage(stage, build)["state"], run.folder(stage))
 
 
 PAPER_R10 = {("Beauty", "sft"): 0.0558, ("Beauty", "tb"): 0.0651,      # Table 1, TIGER
@@ -946,8 +947,7 @@ def results_table(run: Run) -> str:
         cells = [test.get(name) for name in names] + [result.get("valid", {}).get("R@10"), paper]
         table.append([label, *("" if value is None else f"{value:.4f}" for value in cells),
                       f"{result['seconds']:.0f}" if result else ""])
-    return "\n".join(f"{row[0]:<12}" + "".join(f"{cell:>{max(8, len(head) + 2)}}" for head, cell
-                                               in zip(table[0][1:], row[1:])) for row in table)
+    return datasets.aligned(table)
 
 
 def run_all(cfg: Config) -> str:
@@ -984,7 +984,7 @@ def check(cfg: Config) -> Config:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit code: 0, 1 for bad input, 130 for Ctrl-C (and 2 for a wrong flag)."""
     try:
-        settings = datasets.command_line(Config, argv, "gflowgr.py", __doc__.splitlines()[0])
+        settings = datasets.command_line(Config, PRESETS, argv, "gflowgr.py", __doc__.splitlines()[0])
         print(run_all(check(settings)))
         return 0
     except DataError as error:
