@@ -234,9 +234,9 @@ def toy(seed: int = 42, n_users: int = 2000, n_items: int = 600, n_categories: i
         n_brands: int = 20) -> Data:
     """A small world whose users' true preferences are known.
 
-    A user has favourite categories and brands, and every item an appeal of its own. Sequences of 5 to 20 items
-    are drawn, without repetition, from the softmax of that preference, with a pull towards the category of the
-    item before. `liked`: each user's 5 % most preferred items, most of which the user never meets.
+    A user has favourite categories and brands, and every item an appeal of its own. Sequences of 5 to 20
+    items are drawn, without repetition, from the softmax of that preference, with a pull to the category of
+    the item before. `liked`: each user's 5 % most preferred items, most of which the user never meets.
     """
     rng = np.random.default_rng(seed)
     category, brand = rng.integers(n_categories, size=n_items), rng.integers(n_brands, size=n_items)
@@ -383,6 +383,42 @@ def read_codes(path: Path, n_items: int) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------- kept results
 
+class Stages:
+    """The stages of a run, each done once and then kept in a folder RUNS/DATASET/STAGE-HASH.
+
+    The hash is made of just those settings and inputs that the stage depends on, so a change of one setting
+    does only those stages again that it can change. cfg: a dataclass, its fields' metadata name a "group";
+    needs: stage -> groups. A folder holds config.json, metrics.jsonl and checkpoint.pt.
+    """
+
+    def __init__(self, cfg, needs: dict[str, tuple[str, ...]], data: Data):
+        self.cfg, self.needs, self.results = cfg, needs, {}
+        self.root, self.fingerprint = Path(cfg.runs_dir) / data.name, data.fingerprint
+
+    def settings(self, stage: str) -> dict:
+        """The settings that a stage depends on, by name."""
+        return {f.name: getattr(self.cfg, f.name) for f in dataclasses.fields(self.cfg)
+                if f.metadata["group"] in self.needs[stage]}
+
+    def folder(self, stage: str) -> Path:
+        """Where a stage is kept. Of the files that settings name, the content counts, not the path."""
+        settings = self.settings(stage)
+        for name in ("item_vectors", "codes"):
+            if settings.get(name):
+                settings[name] = git_blob_id(Path(settings[name]).read_bytes())
+        key = hashlib.sha1(json.dumps([settings, self.fingerprint]).encode()).hexdigest()[:10]
+        return self.root / f"{self.cfg.loss if stage == 'finetune' else stage}-{key}"
+
+    def stage(self, stage: str, build: Callable[[Callable[[dict], None]], dict]) -> dict:
+        """The result of build(log), seeded and timed, or what an earlier run kept of it. Raises DataError."""
+        folder, known = self.folder(stage), (self.folder(stage) / "checkpoint.pt").exists()
+        torch.manual_seed(self.cfg.seed)
+        result = self.results[stage] = keep(folder, self.settings(stage), build)
+        origin = "kept from before" if known else "now kept"
+        print(f"{stage:<10}{result['seconds']:7.1f} s, {origin} in {folder}", flush=True)
+        return result
+
+
 def keep(folder: Path, settings: dict, build: Callable[[Callable[[dict], None]], dict]) -> dict:
     """What `build` returned when it first ran for this folder: tensors and plain values, in checkpoint.pt.
 
@@ -430,9 +466,9 @@ def load_state(model: torch.nn.Module, state: dict, folder: Path) -> torch.nn.Mo
 
 # ---------------------------------------------------------------------------------------------- command line
 
-def command_line(settings: type, presets: dict[str, dict], argv: list[str] | None, prog: str, description: str):
+def command_line(settings: type, presets: dict[str, dict], argv: list[str] | None, prog: str, about: str):
     """An instance of the dataclass `settings` from the command line: one flag for each field, whose metadata
-    hold "help" and "group". presets: other defaults for a --dataset. A mistake is one sentence and exit code 2."""
+    hold "help" and "group". presets: other defaults for a --dataset. A mistake is a sentence, exit code 2."""
     fields = {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(settings)}
 
     class Parser(argparse.ArgumentParser):
@@ -441,16 +477,16 @@ def command_line(settings: type, presets: dict[str, dict], argv: list[str] | Non
             close = difflib.get_close_matches(wrong[1], fields, 1) if wrong else []
             self.exit(2, f"error: {message}{f' (did you mean {close[0]}?)' if close else ''}; see --help\n")
 
-    parser = Parser(prog=prog, usage=f"python {prog} [--SETTING VALUE ...]", description=description,
+    parser = Parser(prog=prog, usage=f"python {prog} [--SETTING VALUE ...]", description=about,
                     allow_abbrev=False)
     groups = {f.metadata["group"]: None for f in fields.values()}
     groups = {name: parser.add_argument_group(name) for name in groups}
     for flag, f in fields.items():
-        defaults = [f"default: {f.default}", *(f"{dataset}: {preset[f.name]}" for dataset, preset in presets.items()
-                                               if f.name in preset)]
-        kind, text = type(f.default), f"{f.metadata['help']} ({', '.join(defaults)})"
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": "VALUE"}
-        groups[f.metadata["group"]].add_argument(flag, default=f.default, help=text.replace("%", "%%"), **how)
+        others = "".join(f", {name}: {other[f.name]}" for name, other in presets.items() if f.name in other)
+        text = f"{f.metadata['help']} (default: {f.default}{others})".replace("%", "%%")
+        kind = {"type": type(f.default), "metavar": "VALUE"}
+        groups[f.metadata["group"]].add_argument(flag, default=f.default, help=text, **(
+            {"action": argparse.BooleanOptionalAction} if type(f.default) is bool else kind))
     parser.set_defaults(**presets.get(parser.parse_args(argv).dataset, {}))
     return settings(**vars(parser.parse_args(argv)))
 
@@ -458,7 +494,7 @@ def command_line(settings: type, presets: dict[str, dict], argv: list[str] | Non
 def aligned(table: list[list[str]]) -> str:
     """Rows of cells as lines: the first column to the left, the others to the right."""
     width = [max(map(len, column)) for column in zip(*table)]
-    return "\n".join("  ".join([row[0].ljust(width[0]), *(cell.rjust(n) for cell, n in zip(row[1:], width[1:]))])
+    return "\n".join("  ".join([row[0].ljust(width[0]), *map(str.rjust, row[1:], width[1:])])
                      for row in table)
 
 

@@ -2,8 +2,8 @@
 
 A generative recommender writes an item as a short path of codes, so it is a policy on a tree whose leaves are
 the items. Trained on clicks alone (SFT), it takes all else for negative. GFlowGR adds paths of unclicked
-items, chosen from easy to hard by a collaborative model, rewards each path, and trains the generator until the
-probability of an item is proportional to its reward:
+items, chosen from easy to hard by a collaborative model, rewards each path, and trains the generator until
+the probability of an item is proportional to its reward:
 
     item text --TF-IDF, SVD--> vectors --RQ-VAE--> codes ------------------------------+
     histories --SASRec--> scores --curriculum--> K unclicked items --> reward, weight -+-> DB / TB loss -> T5
@@ -24,8 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import math
 import re
 import sys
@@ -670,8 +668,9 @@ def schedule(progress: float, warmup: float = 0.05) -> float:
 
 
 def fit(model: nn.Module, title: str, loss_of: Callable, batches: Iterator[Tensor], steps: int,
-        optimiser: torch.optim.Optimizer, log: Callable, dtype: torch.dtype = torch.float32, evaluations: int = 0,
-        validate: Callable | None = None, after: Callable = lambda step: None) -> dict[str, Tensor]:
+        optimiser: torch.optim.Optimizer, log: Callable, dtype: torch.dtype = torch.float32,
+        evaluations: int = 0, validate: Callable | None = None,
+        after: Callable = lambda step: None) -> dict[str, Tensor]:
     """Train any model of this file: the one loop for all of them.
 
     loss_of(rows, progress) -> scalar; validate() -> metrics, of which N@10 chooses the state that is returned
@@ -703,7 +702,8 @@ def fit(model: nn.Module, title: str, loss_of: Callable, batches: Iterator[Tenso
                     raise DataError(f"{title}: the loss is {value} at step {step}; lower the learning rate")
                 log({"step": step, "loss": value, **(metrics if step in checks else {})})
                 if bar.disable and step in checks:                              # piped output has no bar
-                    print(f"  {title} {step:,}/{steps:,}: loss {value:.3f}, valid N@10 {metrics['N@10']:.4f}")
+                    print(f"  {title} step {step:,} of {steps:,}: loss {value:.3f}, "
+                          f"valid N@10 {metrics['N@10']:.4f}", flush=True)
                 speed = f"{step * len(rows) / max(bar.format_dict['elapsed'], 1e-9):,.0f}"
                 bar.set_postfix({"loss": f"{value:.3f}", "rows/s": speed, "valid N@10": f"{best_score:.4f}"})
             bar.update()
@@ -766,17 +766,17 @@ NEEDS = {  # stage -> the groups of settings that its result depends on: the key
 }
 
 
-class Run:
+class Run(datasets.Stages):
     """One command: its settings, device and data, and its stages, each of them done once and then kept."""
 
     def __init__(self, cfg: Config):
         if cfg.device.startswith("cuda") and not torch.cuda.is_available():
             raise DataError(f"--device {cfg.device}: torch sees no CUDA device; use --device cpu")
-        self.cfg, self.results = cfg, {}
         self.device = torch.device(cfg.device if cfg.device != "auto"
                                    else "cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = compute_type(self.device, cfg.precision)
         self.data = datasets.load(cfg.dataset, Path(cfg.data_dir), cfg.seed)
+        super().__init__(cfg, NEEDS, self.data)
         if cfg.k + cfg.max_history + 1 > min(cfg.pool, self.data.n_items):
             raise DataError(f"{cfg.k} augmented items cannot always be found in a pool of {cfg.pool} out of "
                             f"{self.data.n_items} items, clicked ones left out: lower --k or --max-history")
@@ -784,29 +784,6 @@ class Run:
                       for part, examples in datasets.split(self.data, cfg.max_history).items()}
         order = torch.randperm(self.data.n_users, generator=torch.Generator().manual_seed(cfg.seed))
         self.valid_rows = order[:cfg.valid_users].sort().values.to(self.device)
-
-    def folder(self, stage: str) -> Path:
-        """Where a stage is kept: named by a hash of just those settings and inputs that it depends on."""
-        files = [Path(getattr(self.cfg, name)).read_bytes() for name in ("item_vectors", "codes")
-                 if name in (used := self.settings(stage)) and used[name]]
-        inputs = [self.data.fingerprint, *map(datasets.git_blob_id, files)]
-        key = hashlib.sha1(json.dumps([self.settings(stage), inputs]).encode()).hexdigest()[:10]
-        name = self.cfg.loss if stage == "finetune" else stage
-        return Path(self.cfg.runs_dir) / self.data.name / f"{name}-{key}"
-
-    def settings(self, stage: str) -> dict:
-        """The settings that a stage depends on, by name."""
-        return {f.name: getattr(self.cfg, f.name) for f in dataclasses.fields(Config)
-                if f.metadata["group"] in NEEDS[stage]}
-
-    def stage(self, stage: str, build: Callable[[Callable[[dict], None]], dict]) -> dict:
-        """The result of build(log), seeded and timed, or what an earlier run kept of it."""
-        folder, known = self.folder(stage), (self.folder(stage) / "checkpoint.pt").exists()
-        torch.manual_seed(self.cfg.seed)
-        result = datasets.keep(folder, self.settings(stage), build)
-        print(f"{stage:<10}{result['seconds']:7.1f} s, {'kept from before' if known else 'now kept'} in {folder}")
-        self.results[stage] = result
-        return result
 
     @torch.no_grad()
     def score(self, model: nn.Module, recommend: Callable, part: str, rows: Tensor | None = None) -> dict:
@@ -853,7 +830,8 @@ def train_codes(run: Run, vectors: Tensor, log: Callable) -> dict:
     steps = cfg.code_epochs * math.ceil(len(vectors) / 1024)
     batches = length_batches(torch.zeros(len(vectors), device=run.device), 1024, steps)
     optimiser = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.0, fused=True)
-    fit(model, "codes", lambda rows, _: model(vectors[rows])[0], batches, steps, optimiser, log, after=restart)
+    fit(model, "codes", lambda rows, _: model(vectors[rows])[0], batches, steps, optimiser, log,
+        after=restart)
     with torch.no_grad():
         loss, (codes, *_) = model(vectors)
     figures = {"loss": loss.item(), "collision_rate": 1 - len(codes.unique(dim=0)) / len(codes),
@@ -895,9 +873,11 @@ def train_sasrec(run: Run) -> SASRec:
         whole = F.pad(train.user.diff() != 0, (0, 1), value=True).nonzero()[:, 0]   # each user's last pair
         steps = cfg.sasrec_epochs * math.ceil(len(whole) / cfg.sasrec_batch)
         batches = length_batches((train.end - train.start)[whole], cfg.sasrec_batch, steps)
-        optimiser = torch.optim.AdamW(model.parameters(), cfg.sasrec_lr, weight_decay=cfg.weight_decay, fused=True)
+        optimiser = torch.optim.AdamW(model.parameters(), cfg.sasrec_lr, weight_decay=cfg.weight_decay,
+                                      fused=True)
         return run.train("sasrec", model, lambda history: model.scores(history).float().topk(20).indices,
-                         lambda rows, _: model.loss(*train.batch(whole[rows])), batches, steps, optimiser, log)
+                         lambda rows, _: model.loss(*train.batch(whole[rows])), batches, steps,
+                         optimiser, log)
 
     state = run.stage("sasrec", build)["state"]
     return datasets.load_state(model, state, run.folder("sasrec")).requires_grad_(False)
@@ -990,7 +970,8 @@ def main(argv: list[str] | None = None) -> int:
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"error: {error.strerror or error}: {error.filename}; finished stages are kept", file=sys.stderr)
+        print(f"error: {error.strerror or error}: {error.filename}; finished stages are kept",
+              file=sys.stderr)
     except KeyboardInterrupt:
         print("\nstopped: finished stages are kept, the same command goes on after them", file=sys.stderr)
         return 130
