@@ -74,7 +74,7 @@ class Data(NamedTuple):
         return len(self.offsets) - 1
 
 
-# ---------------------------------------------------------------------------------------------- download
+# ------------------------------------------------------------------------------------------------ download
 
 def git_blob_id(content: bytes) -> str:
     """The id under which git stores `content`: 40 hex digits."""
@@ -147,7 +147,7 @@ def download(dataset: str, data_dir: Path, base_url: str = BASE_URL,
     return Path(data_dir) / name
 
 
-# ---------------------------------------------------------------------------------------------- load
+# ---------------------------------------------------------------------------------------------------- load
 
 def load(dataset: str, data_dir: Path = Path("data"), seed: int = 42) -> Data:
     """Load `toy`, a built-in dataset (downloaded if missing) or the user's own folder. Raises DataError."""
@@ -259,7 +259,7 @@ def toy(seed: int = 42, n_users: int = 2000, n_items: int = 600, n_categories: i
     return Data("toy", titles, texts, flat, offsets, torch.from_numpy(liked), fingerprint)
 
 
-# ---------------------------------------------------------------------------------------------- split
+# --------------------------------------------------------------------------------------------------- split
 
 @dataclass
 class Examples:
@@ -314,7 +314,7 @@ def liked_unseen(recommended: torch.Tensor, data: Data) -> float:
     return wanted.gather(1, recommended[:, :10].cpu()).sum(1).double().mean().item()
 
 
-# ---------------------------------------------------------------------------------------------- item vectors
+# -------------------------------------------------------------------------------------------- item vectors
 
 def text_vectors(texts: list[str], dim: int, seed: int = 42) -> torch.Tensor:
     """TF-IDF over words, then a truncated SVD (latent semantic analysis): (N, dim) float32, mean square 1.
@@ -381,7 +381,7 @@ def read_codes(path: Path, n_items: int) -> Tensor:
     return torch.tensor(rows)
 
 
-# ---------------------------------------------------------------------------------------------- kept results
+# -------------------------------------------------------------------------------------------- kept results
 
 class Stages:
     """The stages of a run, each done once and then kept in a folder RUNS/DATASET/STAGE-HASH.
@@ -464,7 +464,7 @@ def load_state(model: torch.nn.Module, state: dict, folder: Path) -> torch.nn.Mo
     return model.eval()
 
 
-# ---------------------------------------------------------------------------------------------- command line
+# -------------------------------------------------------------------------------------------- command line
 
 def command_line(settings: type, presets: dict[str, dict], argv: list[str] | None, prog: str, about: str):
     """An instance of the dataclass `settings` from the command line: one flag for each field, whose metadata

@@ -39,7 +39,7 @@ from tqdm import tqdm
 import data as datasets
 from data import DataError
 
-# ==================================================================================== 1. settings
+# ============================================================================================= 1. settings
 
 
 def knob(default, group: str, text: str):
@@ -112,7 +112,7 @@ PRESETS = {"toy": dict(levels=2, codebook_size=32, sasrec_epochs=30, d_model=64,
                        batch=64, sft_epochs=4.0, finetune_epochs=2.0, evaluations=4, valid_users=1000)}
 
 
-# ==================================================================================== 2. codes
+# ================================================================================================ 2. codes
 
 
 class Quantised(NamedTuple):
@@ -211,7 +211,7 @@ def unique_paths(codes: Tensor) -> Tensor:
     return torch.cat([codes, last[:, None]], 1)
 
 
-# ==================================================================================== 3. SASRec
+# =============================================================================================== 3. SASRec
 
 
 class SASRec(nn.Module):
@@ -257,7 +257,7 @@ class SASRec(nn.Module):
         return F.cross_entropy(logits.float(), following[real])
 
 
-# ==================================================================================== 4. T5
+# =================================================================================================== 4. T5
 
 
 class Dropout(nn.Module):
@@ -437,7 +437,7 @@ class T5(nn.Module):
         return self.flow(state).squeeze(-1).float()
 
 
-# ==================================================================================== 5. trie
+# ================================================================================================= 5. trie
 
 
 class Trie:
@@ -487,7 +487,7 @@ class Trie:
         return child, allowed.masked_fill(~real, -torch.inf).log_softmax(-1)
 
 
-# ==================================================================================== 6. trajectories
+# ========================================================================================= 6. trajectories
 
 
 class Catalogue(NamedTuple):
@@ -552,7 +552,7 @@ def trajectories(sasrec: SASRec, cfg: Config, history: Tensor, target: Tensor,
     return items, (scores.gather(1, items) - low) / (high - low).clamp(min=1e-6)
 
 
-# ==================================================================================== 7. reward
+# =============================================================================================== 7. reward
 
 
 def reward(r_aug: Tensor, r_cs: Tensor, r_sim: Tensor, parts: str = "aug,cf,sim") -> Tensor:
@@ -572,7 +572,7 @@ def confidence(r_aug: Tensor, r_cs: Tensor) -> Tensor:
     return 1 - (r_aug - r_cs).abs()
 
 
-# ==================================================================================== 8. objectives
+# =========================================================================================== 8. objectives
 
 
 def sft(log_pf: Tensor) -> Tensor:
@@ -629,7 +629,7 @@ def method_loss(model: T5, sasrec: SASRec, catalogue: Catalogue, cfg: Config, hi
     return (sft(log_pf[:, 0]) + cfg.lam * (weight * balance).sum(1)).mean()
 
 
-# ==================================================================================== 9. training
+# ============================================================================================= 9. training
 
 
 def compute_type(device: torch.device, wanted: str) -> torch.dtype:
@@ -715,7 +715,7 @@ def copy_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: weight.detach().cpu().clone() for name, weight in model.state_dict().items()}
 
 
-# ==================================================================================== 10. decoding, metrics
+# =================================================================================== 10. decoding, metrics
 
 
 @torch.no_grad()
@@ -755,7 +755,7 @@ def ranking_metrics(recommended: Tensor, target: Tensor) -> dict[str, float]:
             **{f"N@{k}": gain[:, :k].sum(1).mean().item() for k in (5, 10, 20)}}
 
 
-# ==================================================================================== 11. main
+# ================================================================================================ 11. main
 
 NEEDS = {  # stage -> the groups of settings that its result depends on: the key of its cache
     "vectors": ("data", "vectors"),

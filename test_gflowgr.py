@@ -1,5 +1,5 @@
-"""The proof of gflowgr.py and data.py, in their order. Every formula meets something independent of it: brute force,
-a closed form, or golden values of the standard implementation.
+"""The proof of gflowgr.py and data.py. Every formula meets something independent of it: brute force, a closed
+form, or golden values of the standard implementation.
 
     python -m pytest -q test_gflowgr.py
 """
@@ -36,7 +36,8 @@ def small_world(n_users=60, n_items=50, seed=1):
 def small_catalogue(n_items=30, levels=3, width=4, seed=0):
     """Distinct random paths of codes."""
     every = torch.tensor(list(itertools.product(range(width), repeat=levels)))
-    return g.Catalogue.of(every[torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:n_items]], levels)
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))
+    return g.Catalogue.of(every[order[:n_items]], levels)
 
 
 def small_generator(catalogue, **size):
@@ -46,7 +47,7 @@ def small_generator(catalogue, **size):
     return model.eval()
 
 
-# ---------------------------------------------------------------------------------------------- data: files
+# --------------------------------------------------------------------------------------------- data: files
 
 class Server(http.server.BaseHTTPRequestHandler):
     """Answers each request with the next of `replies`: (status, body, announced length)."""
@@ -66,7 +67,8 @@ class Server(http.server.BaseHTTPRequestHandler):
 @contextlib.contextmanager
 def serve(*replies):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    server.replies, server.paths = [(*reply, len(reply[1]))[:3] if len(reply) < 3 else reply for reply in replies], []
+    server.replies = [reply if len(reply) == 3 else (*reply, len(reply[1])) for reply in replies]
+    server.paths = []
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server, f"http://127.0.0.1:{server.server_port}"
@@ -90,7 +92,7 @@ def files_under(folder):
 
 
 def test_blob_id_is_gits():
-    assert datasets.git_blob_id(b"") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"     # git hash-object /dev/null
+    assert datasets.git_blob_id(b"") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"  # what git says of it
     assert datasets.git_blob_id(b"ab") == hashlib.sha1(b"blob 2\x00ab").hexdigest()
 
 
@@ -129,13 +131,16 @@ def test_no_network_names_the_way_out(tiny, tmp_path):
 
 
 def test_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no space")))
+    def full(*_):
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(datasets.os, "replace", full)
     with pytest.raises(OSError):
         datasets.write_atomically(tmp_path / "file", b"content")
     assert files_under(tmp_path) == []
 
 
-# ---------------------------------------------------------------------------------------------- data: loading
+# ------------------------------------------------------------------------------------------- data: loading
 
 @pytest.mark.parametrize("inter, item, words", [
     ("{", None, r"Own.inter.json is not valid JSON"),
@@ -173,7 +178,7 @@ def test_items_without_text_are_reported_and_kept(tmp_path, capsys):
     folder = tmp_path / "Own"
     folder.mkdir()
     (folder / "Own.inter.json").write_bytes(INTER)
-    (folder / "Own.item.json").write_text('{"0": {"title": "a b"}, "1": {"title": " "}, "2": {"title": "a b"}}')
+    (folder / "Own.item.json").write_text('{"0": {"title": "a b"}, "1": {"title": " "}, "2": {"title": "a"}}')
     data = datasets.load(str(folder))
     assert '1 items have no text, the first is "1"' in capsys.readouterr().err
     assert datasets.text_vectors(data.texts, 4)[1].abs().sum() == 0
@@ -184,15 +189,17 @@ def test_toy_world_follows_the_tastes_it_knows():
     assert torch.equal(data.items, again.items) and not torch.equal(data.items[:100], other.items[:100])
     user = torch.repeat_interleave(torch.arange(data.n_users), data.offsets.diff())
     assert data.offsets.diff().min() >= 5 and len(set(zip(user.tolist(), data.items.tolist()))) == len(user)
-    share = data.liked.float().mean()                      # clicks must hit liked items far more often than chance
+    share = data.liked.float().mean()      # clicks must hit liked items far more often than chance
     assert 0.04 <= share <= 0.07 and data.liked[user, data.items].float().mean() > 3 * share
 
 
 def test_split_leaves_one_out_without_leakage():
-    data = datasets.Data("x", [""] * 9, [""] * 9, torch.tensor([0, 1, 2, 3, 4, 5, 6, 7]), torch.tensor([0, 5, 8]), None, "")
+    data = datasets.Data("x", [""] * 9, [""] * 9, torch.arange(8), torch.tensor([0, 5, 8]), None, "")
     parts = datasets.split(data, max_history=2)
-    rows = {part: [(e.items[s:t].tolist(), int(e.items[t])) for s, t in zip(e.start, e.end)] for part, e in parts.items()}
-    assert rows == {"train": [([0], 1), ([0, 1], 2)], "valid": [([1, 2], 3), ([5], 6)], "test": [([2, 3], 4), ([5, 6], 7)]}
+    rows = {part: [(e.items[s:t].tolist(), int(e.items[t])) for s, t in zip(e.start, e.end)]
+            for part, e in parts.items()}
+    assert rows == {"train": [([0], 1), ([0, 1], 2)], "valid": [([1, 2], 3), ([5], 6)],
+                    "test": [([2, 3], 4), ([5, 6], 7)]}
     history, target = parts["test"].batch(torch.tensor([1, 0]))
     assert history.tolist() == [[5, 6], [2, 3]] and target.tolist() == [7, 4]
     history, _ = parts["train"].batch(torch.tensor([0, 1]))
@@ -206,14 +213,15 @@ def test_every_training_pair_of_a_world_once():
     expected = [(data.items[s:t - 2][max(0, i - 4):i].tolist(), int(data.items[s + i])) for s, t in
                 zip(data.offsets[:-1].tolist(), data.offsets[1:].tolist()) for i in range(1, t - s - 2)]
     history, target = train.batch(torch.arange(len(train)))
-    assert [([i for i in h if i < data.n_items], y) for h, y in zip(history.tolist(), target.tolist())] == expected
+    found = [([i for i in h if i < data.n_items], y) for h, y in zip(history.tolist(), target.tolist())]
+    assert found == expected
 
 
 def test_text_vectors_are_the_best_low_rank_tfidf():
     texts = ["red shoe", "red shoe", "blue shoe small", "blue hat", "", "hat small hat"]
     words = ["blue", "hat", "red", "shoe", "small"]        # each of two items or more
     count = np.array([[text.split().count(word) for word in words] for text in texts], float)
-    weight = np.where(count > 0, 1 + np.log(np.maximum(count, 1)), 0) * np.log(len(texts) / (count > 0).sum(0))
+    weight = np.where(count > 0, 1 + np.log(np.maximum(count, 1)), 0) * np.log(6 / (count > 0).sum(0))
     weight /= np.maximum(np.linalg.norm(weight, axis=1, keepdims=True), 1e-12)
     for dim in (2, 8):
         u, s, _ = np.linalg.svd(weight, full_matrices=False)
@@ -270,7 +278,7 @@ def test_keep_leaves_no_result_of_a_build_that_stopped(tmp_path):
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
-# ---------------------------------------------------------------------------------------------- 2. codes
+# ------------------------------------------------------------------------------------------------ 2. codes
 
 def test_kmeans_finds_separate_clusters():
     centres = torch.tensor([[0.0, 0], [10, 0], [0, 10]])
@@ -321,7 +329,8 @@ def test_initialisation_and_restart_put_codes_to_use():
 
 def test_paths_become_unique_by_counting_twins():
     codes = torch.tensor([[1, 2], [0, 5], [1, 2], [1, 2], [0, 5], [3, 3]])
-    assert g.unique_paths(codes).tolist() == [[1, 2, 0], [0, 5, 0], [1, 2, 1], [1, 2, 2], [0, 5, 1], [3, 3, 0]]
+    unique = [[1, 2, 0], [0, 5, 0], [1, 2, 1], [1, 2, 2], [0, 5, 1], [3, 3, 0]]
+    assert g.unique_paths(codes).tolist() == unique
 
 
 def test_codes_round_trip_in_letters_format(tmp_path):
@@ -333,15 +342,16 @@ def test_codes_round_trip_in_letters_format(tmp_path):
 
 @pytest.mark.parametrize("content, words", [
     ('{"0": ["<a_1>"]}', "codes for 1 items"), ('{"0": ["<a_1>"], "2": ["<a_1>"]}', "codes for 2 items"),
-    ('{"0": ["<a_1>"], "1": ["<a_1>", "<b_1>"]}', 'item "1" has the codes'), ('{"0": [], "1": []}', 'item "0"'),
-    ('{"0": ["<a_1>"], "1": ["a1"]}', 'item "1"'), ('{"0": ["<a_1>"], "1": 7}', 'item "1"'), ("[", "not valid JSON")])
+    ('{"0": ["<a_1>"], "1": ["<a_1>", "<b_1>"]}', 'item "1" has the codes'),
+    ('{"0": [], "1": []}', 'item "0"'), ('{"0": ["<a_1>"], "1": ["a1"]}', 'item "1"'),
+    ('{"0": ["<a_1>"], "1": 7}', 'item "1"'), ("[", "not valid JSON")])
 def test_wrong_code_files_are_named(tmp_path, content, words):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(DataError, match=words):
         datasets.read_codes(tmp_path / "x.json", 2)
 
 
-# ---------------------------------------------------------------------------------------------- 3. SASRec
+# ----------------------------------------------------------------------------------------------- 3. SASRec
 
 def small_sasrec(n_items=30, length=8):
     model = g.SASRec(n_items, 16, 2, 2, 0.0, length).eval()
@@ -368,11 +378,11 @@ def test_sasrec_loss_is_the_cross_entropy_of_every_next_item():
     torch.testing.assert_close(model.loss(history, target), torch.stack(losses).mean())
 
 
-# ---------------------------------------------------------------------------------------------- 4. T5
+# --------------------------------------------------------------------------------------------------- 4. T5
 
-# Golden values of Hugging Face's T5ForConditionalGeneration (transformers 5.23.0): vocab 25, d_model 16, d_kv 8, d_ff 32,
-# 2 + 2 layers, 2 heads, ReLU, no dropout, tied embeddings; weight number k of golden_order() below holds
-# 0.5 * sin(1.7 * i + k), norms 1 more; then the logits of those tokens that can follow.
+# Golden values of Hugging Face's T5ForConditionalGeneration (transformers 5.23.0): vocab 25, d_model 16,
+# d_kv 8, d_ff 32, 2 + 2 layers, 2 heads, ReLU, no dropout, tied embeddings. Weight number k of golden_order()
+# below is 0.5 * sin(1.7 * i + k), a norm's is 1 more. Kept are the logits of those tokens that can follow.
 GOLDEN_LOGITS = [
     [[-0.2107, -0.3462, 0.5405, -0.1687, -0.3797, 0.5305, -0.1256, -0.4108],
      [0.0581, -0.0583, -0.0025, 0.0607, -0.0553, -0.008, 0.063, -0.052],
@@ -459,7 +469,7 @@ def test_dropout_keeps_its_rate_and_mean_and_draws_anew():
     assert dropout.eval()(x) is not first and torch.equal(dropout(x), x)
 
 
-# ---------------------------------------------------------------------------------------------- 5. trie
+# ------------------------------------------------------------------------------------------------- 5. trie
 
 def test_trie_holds_exactly_the_items():
     catalogue = small_catalogue(n_items=37)
@@ -488,7 +498,7 @@ def test_probabilities_of_all_items_sum_to_one():
     torch.testing.assert_close(log_pf.sum(-1).exp().sum(1), torch.ones(2))
 
 
-# ---------------------------------------------------------------------------------------------- 6. trajectories
+# ----------------------------------------------------------------------------------------- 6. trajectories
 
 def test_curriculum_avoids_clicked_items_and_grows_harder():
     scores, pool = torch.randn(200, 40), torch.randperm(60)[:40]
@@ -537,12 +547,14 @@ def test_trajectories_put_the_observed_first_and_scale_scores_to_the_unit_interv
 def test_curriculum_follows_the_progress_of_training():
     teacher, cfg = Scores([float(i) for i in range(50)]), g.Config(k=4, pool=50)
     history, target = torch.full((100, 1), 20), torch.full((100,), 30)
-    early, late = (g.trajectories(teacher, cfg, history, target, p)[0][:, 1:].float().mean() for p in (0.0, 1.0))
-    even = g.trajectories(teacher, g.Config(k=4, pool=50, sampler="random"), history, target, 1.0)[0][:, 1:]
-    assert early < 12 and late > 37 and abs(even.float().mean() - 24.5) < 3
+    def mean_item(cfg, progress):
+        return g.trajectories(teacher, cfg, history, target, progress)[0][:, 1:].float().mean()
+
+    assert mean_item(cfg, 0.0) < 12 and mean_item(cfg, 1.0) > 37
+    assert abs(mean_item(g.Config(k=4, pool=50, sampler="random"), 1.0) - 24.5) < 3
 
 
-# ---------------------------------------------------------------------------------------------- 7. reward
+# ----------------------------------------------------------------------------------------------- 7. reward
 
 def test_reward_and_confidence_by_hand():
     # The clicked item, a near twin that the collaborative model likes, and a stranger that it does not.
@@ -555,7 +567,7 @@ def test_reward_and_confidence_by_hand():
     torch.testing.assert_close(g.confidence(r_aug, r_cs), torch.tensor([[0.9, 0.3, 0.9]]))
 
 
-# ---------------------------------------------------------------------------------------------- 8. objectives
+# ------------------------------------------------------------------------------------------- 8. objectives
 
 def tabular_flows(catalogue, log_reward):
     """Exact log P_F and log F along each item's path, when every leaf holds its reward: (N, L) each."""
@@ -573,10 +585,10 @@ def test_exact_flows_balance():
     torch.testing.assert_close(log_pf.sum(1), log_reward.log_softmax(0))             # p = R / Z
     assert g.detailed_balance(log_pf, log_flow, log_reward).max() < 1e-20
     assert g.trajectory_balance(log_pf, log_flow, log_reward).max() < 1e-20
-    torch.testing.assert_close(g.trajectory_balance(log_pf, log_flow, log_reward + 2), torch.full((30,), 4.0).double())
-    torch.testing.assert_close(g.detailed_balance(log_pf, log_flow, log_reward + 2), torch.full((30,), 4.0).double())
-    torch.testing.assert_close(g.detailed_balance(log_pf + 1, log_flow, log_reward), torch.full((30,), 3.0).double())
-    torch.testing.assert_close(g.trajectory_balance(log_pf + 1, log_flow, log_reward), torch.full((30,), 9.0).double())
+    for objective, steps_off, squared in [(g.trajectory_balance, 0, 4.0), (g.detailed_balance, 0, 4.0),
+                                          (g.trajectory_balance, 1, 9.0), (g.detailed_balance, 1, 3.0)]:
+        off = objective(log_pf + steps_off, log_flow, log_reward + 2 * (1 - steps_off))
+        torch.testing.assert_close(off, torch.full((30,), squared).double())
 
 
 def test_sft_is_the_cross_entropy_over_allowed_codes():
@@ -591,7 +603,8 @@ def test_sft_is_the_cross_entropy_over_allowed_codes():
 def test_training_on_balance_makes_probabilities_proportional_to_rewards(objective):
     catalogue = small_catalogue(n_items=12)
     model = small_generator(catalogue, d_model=32, layers=1).train()
-    history, items, log_reward = torch.tensor([[0, 1], [2, 3]]), torch.arange(12).expand(2, -1), torch.randn(2, 12)
+    history, items = torch.tensor([[0, 1], [2, 3]]), torch.arange(12).expand(2, -1)
+    log_reward = torch.randn(2, 12)
     optimiser = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95))
     for step in range(600):
         optimiser.param_groups[0]["lr"] = 0.01 * (1 - step / 600)
@@ -608,7 +621,8 @@ def test_training_on_balance_makes_probabilities_proportional_to_rewards(objecti
 def method_setting(**changes):
     catalogue = small_catalogue()
     cfg = g.Config(**{**dict(loss="tb", k=3, pool=30, lam=0.5), **changes})
-    return small_generator(catalogue), small_sasrec(), catalogue, cfg, torch.randint(30, (4, 5)), torch.randint(30, (4,))
+    history, target = torch.randint(30, (4, 5)), torch.randint(30, (4,))
+    return small_generator(catalogue), small_sasrec(), catalogue, cfg, history, target
 
 
 def test_no_gradient_reaches_the_teacher_but_all_of_the_generator():
@@ -626,17 +640,19 @@ def test_method_loss_is_equation_7(loss, balance):
     value = g.method_loss(model, sasrec, catalogue, cfg, history, target, 0.3)
     torch.manual_seed(5)
     items, _ = g.trajectories(sasrec, cfg, history, target, 0.3)
-    log_pf, log_flow = g.path_log_probs(model, catalogue, history, items)
-    total = 0.0
+    with torch.no_grad():
+        log_pf, log_flow = g.path_log_probs(model, catalogue, history, items)
+    total, codes = 0.0, catalogue.codes.tolist()
     for b in range(4):
         scores = sasrec.scores(history)[b].tolist()
-        total += -float(log_pf[b, 0].sum())
+        total -= log_pf[b, 0].sum().item()
         for path, item in enumerate(items[b].tolist()):
             r_cs = (scores[item] - min(scores)) / (max(scores) - min(scores))
             r_aug = float(item == target[b])
-            r_sim = sum(x == y for x, y in zip(catalogue.codes[item].tolist(), catalogue.codes[target[b]].tolist())) / 3
+            r_sim = sum(x == y for x, y in zip(codes[item], codes[target[b]])) / 3
             log_reward = torch.tensor(math.log(max(r_aug + r_cs + r_sim, 0.01)))
-            total += 0.5 * (1 - abs(r_aug - r_cs)) * float(balance(log_pf[b, path], log_flow[b, path], log_reward))
+            residual = balance(log_pf[b, path], log_flow[b, path], log_reward).item()
+            total += 0.5 * (1 - abs(r_aug - r_cs)) * residual
     torch.testing.assert_close(value.item(), total / 4, rtol=1e-4, atol=1e-4)
 
 
@@ -650,18 +666,18 @@ def test_ablations_change_what_they_name():
     plain = g.sft(g.path_log_probs(model, catalogue, history, target[:, None])[0][:, 0]).mean().item()
     assert [value(loss="sft"), value(lam=0.0)] == pytest.approx([plain, plain])
     seen = [value()] + [value(**{name: new}) for name, new in [
-        ("reward", "aug"), ("reward", "cf"), ("sampler", "random"), ("sampler", "none"), ("confidence", False),
-        ("k", 2), ("lam", 0.1), ("loss", "db"), ("z", "scalar"), ("hardness", 1.0)]]
+        ("reward", "aug"), ("reward", "cf"), ("sampler", "random"), ("sampler", "none"),
+        ("confidence", False), ("k", 2), ("lam", 0.1), ("loss", "db"), ("z", "scalar"), ("hardness", 1.0)]]
     assert len({round(x, 4) for x in seen}) == len(seen)
 
 
 def test_scalar_z_is_one_number_for_all_users():
     model, sasrec, *rest = method_setting(z="scalar", sampler="none", lam=1.0)
     g.method_loss(model, sasrec, *rest, 0.5).backward()
-    assert model.scalar_z.grad != 0 and model.flow.weight.grad.abs().sum() == 0        # tb reads no other flow
+    assert model.scalar_z.grad != 0 and model.flow.weight.grad.abs().sum() == 0     # tb reads no other flow
 
 
-# ---------------------------------------------------------------------------------------------- 9. training
+# --------------------------------------------------------------------------------------------- 9. training
 
 def test_batches_hold_every_row_once_an_epoch_and_alike_lengths():
     lengths = torch.randint(1, 6, (100,))
@@ -675,20 +691,21 @@ def test_batches_hold_every_row_once_an_epoch_and_alike_lengths():
 
 
 def test_schedule_warms_up_and_decays_to_zero():
-    assert g.schedule(0.025) == 0.5 and g.schedule(1.0) == pytest.approx(0) and g.schedule(0.5) == pytest.approx(0.5)
+    assert [g.schedule(p) for p in (0.025, 0.5, 1.0)] == pytest.approx([0.5, 0.5, 0.0])
 
 
 def line_fit(**options):
     """Fit y = 3 x by gradient descent; returns the state and what was logged."""
     model, x, entries = torch.nn.Linear(1, 1), torch.linspace(-1, 1, 32)[:, None], []
     state = g.fit(model, "line", lambda rows, _: (model(x[rows]) - 3 * x[rows]).square().mean(),
-                  g.length_batches(torch.zeros(32), 8, 200), 200, torch.optim.Adam(model.parameters(), 0.1), entries.append, **options)
+                  g.length_batches(torch.zeros(32), 8, 200), 200, torch.optim.Adam(model.parameters(), 0.1),
+                  entries.append, **options)
     return model, state, entries
 
 
 def test_fit_learns_and_keeps_the_last_state_without_validation():
     model, state, entries = line_fit()
-    assert abs(state["weight"].item() - 3) < 0.05 and torch.equal(state["weight"], model.state_dict()["weight"])
+    assert abs(state["weight"].item() - 3) < 0.05 and torch.equal(state["weight"], model.weight)
     assert [e["step"] for e in entries] == [50, 100, 150, 200] and entries[-1]["loss"] < entries[0]["loss"]
 
 
@@ -700,8 +717,9 @@ def test_fit_returns_the_state_of_the_best_validation():
         seen.append(model.weight.detach().clone())
         return {"N@10": next(scores)}
 
-    state = g.fit(model, "x", lambda rows, _: model(torch.ones(4, 1)).sum(), g.length_batches(torch.zeros(8), 4, 8), 8,
-                  torch.optim.Adam(model.parameters(), 0.1), lambda entry: None, evaluations=4, validate=validate, after=steps.append)
+    state = g.fit(model, "x", lambda rows, _: model(torch.ones(4, 1)).sum(),
+                  g.length_batches(torch.zeros(8), 4, 8), 8, torch.optim.Adam(model.parameters(), 0.1),
+                  lambda entry: None, evaluations=4, validate=validate, after=steps.append)
     assert len(seen) == 4 and torch.equal(state["weight"], seen[1]) and steps == list(range(1, 9))
 
 
@@ -709,7 +727,8 @@ def test_fit_stops_at_a_loss_that_is_not_finite():
     model = torch.nn.Linear(1, 1)
     with pytest.raises(DataError, match="bad: the loss is nan at step 3"):
         g.fit(model, "bad", lambda rows, _: model(torch.ones(1, 1)).sum() * float("nan"),
-              g.length_batches(torch.zeros(8), 4, 3), 3, torch.optim.Adam(model.parameters(), 0.1), lambda entry: None)
+              g.length_batches(torch.zeros(8), 4, 3), 3, torch.optim.Adam(model.parameters(), 0.1),
+              lambda entry: None)
 
 
 def test_precision_is_what_the_device_can_do():
@@ -730,7 +749,7 @@ def test_bf16_is_close_to_float32():
     assert values[1] != values[0] and values[1] == pytest.approx(values[0], rel=0.03)
 
 
-# ---------------------------------------------------------------------------------------------- 10. decoding, metrics
+# ----------------------------------------------------------------------------------- 10. decoding, metrics
 
 @pytest.mark.parametrize("levels, width", [(3, 4), (2, 6), (4, 3)])
 def test_a_wide_beam_equals_brute_force(levels, width):
@@ -771,21 +790,24 @@ def test_metrics_by_hand():
 def test_liked_but_unseen_by_hand():
     liked = torch.zeros(2, 30, dtype=torch.bool)
     liked[0, [0, 1, 2]] = liked[1, [12]] = True
-    data = datasets.Data("x", [""] * 30, [""] * 30, torch.tensor([0, 5, 6, 7, 8, 9]), torch.tensor([0, 3, 6]), liked, "")
-    assert datasets.liked_unseen(torch.arange(20).repeat(2, 1), data) == 1.0    # user 0: items 1 and 2; user 1: rank 13 is too far
+    clicked, offsets = torch.tensor([0, 5, 6, 7, 8, 9]), torch.tensor([0, 3, 6])
+    data = datasets.Data("x", [""] * 30, [""] * 30, clicked, offsets, liked, "")
+    assert datasets.liked_unseen(torch.arange(20).repeat(2, 1), data) == 1.0    # 1 and 2 of user 0, else none
 
 
-# ---------------------------------------------------------------------------------------------- 11. the whole road
+# -------------------------------------------------------------------------------------- 11. the whole road
 
-QUICK = ["--code-epochs", "20", "--levels", "2", "--codebook-size", "8", "--sasrec-epochs", "2", "--sasrec-dim", "16",
-         "--d-model", "16", "--heads", "2", "--d-kv", "8", "--d-ff", "32", "--layers", "1", "--batch", "64",
+QUICK = ["--code-epochs", "20", "--levels", "2", "--codebook-size", "8", "--sasrec-epochs", "2",
+         "--sasrec-dim", "16", "--d-model", "16", "--heads", "2", "--d-kv", "8", "--d-ff", "32", "--layers", "1",
+         "--batch", "64",
          "--sft-epochs", "1", "--finetune-epochs", "1", "--evaluations", "2", "--vector-dim", "8"]
 
 
 @pytest.fixture
 def world(monkeypatch, tmp_path):
     """A toy world small enough to run the whole road within a second or two, in a folder of its own."""
-    monkeypatch.setattr(datasets, "toy", functools.partial(datasets.toy, n_users=60, n_items=50, n_categories=5, n_brands=4))
+    small = functools.partial(datasets.toy, n_users=60, n_items=50, n_categories=5, n_brands=4)
+    monkeypatch.setattr(datasets, "toy", small)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -797,7 +819,8 @@ def run(capsys, *flags, expect=0):
 
 def table(text):
     """The result table without its seconds."""
-    return [line.split()[:-1] for line in text.splitlines() if line.startswith(("popularity", "SASRec", "SFT", "then"))]
+    rows = ("popularity", "SASRec", "SFT", "then")
+    return [line.split()[:-1] for line in text.splitlines() if line.startswith(rows)]
 
 
 @pytest.mark.parametrize("loss", list(g.METHODS))
@@ -824,7 +847,8 @@ def test_a_run_repeats_itself_and_stages_are_kept(world, capsys):
 def test_only_what_depends_on_a_setting_is_done_again(world, capsys):
     run(capsys)
     for flags, stages in [(["--k", "3"], {"finetune"}), (["--sasrec-epochs", "1"], {"sasrec", "finetune"}),
-                          (["--lr", "0.02"], {"sft", "finetune"}), (["--commitment", "0.5"], {"codes", "sft", "finetune"})]:
+                          (["--lr", "0.02"], {"sft", "finetune"}),
+                          (["--commitment", "0.5"], {"codes", "sft", "finetune"})]:
         lines = [line.split() for line in run(capsys, *flags).out.splitlines() if " in runs" in line]
         assert {line[0] for line in lines if "now" in line} == stages
 
@@ -841,11 +865,14 @@ def test_own_codes_vectors_and_from_scratch(world, capsys):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--dataset", "beuty"], "unknown dataset 'beuty'"), (["--dataset", "."], "does not exist; the folder must hold"),
-    (["--loss", "tbb"], "--loss tbb is not one of sft, db, tb"), (["--reward", "aug,xx"], "--reward aug,xx must name"),
-    (["--k", "0"], "--k 0 must be 1 or more"), (["--lam", "-1"], "--lam -1.0 must be"), (["--k", "40"], "lower --k"),
+    (["--dataset", "beuty"], "unknown dataset 'beuty'"),
+    (["--dataset", "."], "does not exist; the folder must hold"),
+    (["--loss", "tbb"], "--loss tbb is not one of sft, db, tb"),
+    (["--reward", "aug,xx"], "--reward aug,xx must name"), (["--k", "0"], "--k 0 must be 1 or more"),
+    (["--lam", "-1"], "--lam -1.0 must be"), (["--k", "40"], "lower --k"),
     (["--lr", "nan"], "--lr nan must be"), (["--sasrec-dim", "15"], "no multiple of --sasrec-heads"),
-    (["--codes", "none.json"], "No such file or directory: none.json"), (["--precision", "fp16"], "fp16 needs a GPU"),
+    (["--codes", "none.json"], "No such file or directory: none.json"),
+    (["--precision", "fp16"], "fp16 needs a GPU"),
     (["--item-vectors", "none.npy"], "none.npy"), (["--device", "tpu"], "--device tpu is not one of")])
 def test_bad_settings_are_one_sentence(world, capsys, flags, words):
     err = run(capsys, *flags, expect=1).err
@@ -853,7 +880,8 @@ def test_bad_settings_are_one_sentence(world, capsys, flags, words):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--los", "tb"], "unrecognized arguments: --los tb (did you mean --loss?)"), (["--k", "many"], "invalid int value")])
+    (["--los", "tb"], "unrecognized arguments: --los tb (did you mean --loss?)"),
+    (["--k", "many"], "invalid int value")])
 def test_wrong_flags_are_one_sentence(capsys, flags, words):
     with pytest.raises(SystemExit) as stop:
         g.main(flags)
