@@ -298,6 +298,13 @@ def split(data: Data, max_history: int = 20) -> dict[str, Examples]:
             for part, end in ends.items()}
 
 
+def top(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """The k best items by scores (.., N), best first: ids (.., k), filled up with N where N < k."""
+    n_items = scores.shape[-1]
+    best = scores.topk(min(k, n_items)).indices
+    return torch.nn.functional.pad(best, (0, k - best.shape[-1]), value=n_items)
+
+
 def popularity(data: Data) -> torch.Tensor:
     """How often each item is a part of the training sequences: (N,) counts, validation and test left out."""
     held_out = torch.cat([data.offsets[1:] - 1, data.offsets[1:] - 2])
@@ -358,13 +365,13 @@ def read_vectors(path: Path, n_items: int) -> torch.Tensor:
     return vectors / vectors.square().mean().sqrt().clamp(min=1e-12)
 
 
-def format_codes(codes: Tensor) -> str:
+def format_codes(codes: torch.Tensor) -> str:
     """Codes (N, L) as LETTER's NAME.index.json: {"0": ["<a_183>", "<b_70>", ...], ...}."""
     return json.dumps({str(item): [f"<{chr(97 + level)}_{code}>" for level, code in enumerate(path)]
                        for item, path in enumerate(codes.tolist())})
 
 
-def read_codes(path: Path, n_items: int) -> Tensor:
+def read_codes(path: Path, n_items: int) -> torch.Tensor:
     """Codes (N, L) from a file in LETTER's format. Raises DataError: malformed, or for other items."""
     content = read_json(path)
     if content.keys() != set(map(str, range(n_items))):
@@ -468,7 +475,8 @@ def load_state(model: torch.nn.Module, state: dict, folder: Path) -> torch.nn.Mo
 
 def command_line(settings: type, presets: dict[str, dict], argv: list[str] | None, prog: str, about: str):
     """An instance of the dataclass `settings` from the command line: one flag for each field, whose metadata
-    hold "help" and "group". presets: other defaults for a --dataset. A mistake is a sentence, exit code 2."""
+    hold "help", "group", "choices" and "below"; presets are other defaults for a --dataset. Numbers must be 0
+    or more, integers but the seed 1 or more. A mistake is one sentence on stderr and exit code 2."""
     fields = {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(settings)}
 
     class Parser(argparse.ArgumentParser):
@@ -484,11 +492,17 @@ def command_line(settings: type, presets: dict[str, dict], argv: list[str] | Non
     for flag, f in fields.items():
         others = "".join(f", {name}: {other[f.name]}" for name, other in presets.items() if f.name in other)
         text = f"{f.metadata['help']} (default: {f.default}{others})".replace("%", "%%")
-        kind = {"type": type(f.default), "metavar": "VALUE"}
+        kind = {"type": type(f.default), "choices": f.metadata["choices"] or None,
+                "metavar": "|".join(f.metadata["choices"]) or "VALUE"}
         groups[f.metadata["group"]].add_argument(flag, default=f.default, help=text, **(
             {"action": argparse.BooleanOptionalAction} if type(f.default) is bool else kind))
     parser.set_defaults(**presets.get(parser.parse_args(argv).dataset, {}))
-    return settings(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    for flag, f in fields.items():
+        value, low = values[f.name], 1 if type(f.default) is int and f.name != "seed" else 0
+        if type(f.default) in (int, float) and not low <= value < f.metadata["below"]:
+            parser.error(f"{flag} {value} must be at least {low} and below {f.metadata['below']}")
+    return settings(**values)
 
 
 def aligned(table: list[list[str]]) -> str:

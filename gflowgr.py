@@ -2,8 +2,8 @@
 
 A generative recommender writes an item as a short path of codes, so it is a policy on a tree whose leaves are
 the items. Trained on clicks alone (SFT), it takes all else for negative. GFlowGR adds paths of unclicked
-items, chosen from easy to hard by a collaborative model, rewards each path, and trains the generator until
-the probability of an item is proportional to its reward:
+items, chosen from easy to hard by a collaborative model, rewards each path, and adds a loss that is zero
+where the probability of each path is its share of all reward:
 
     item text --TF-IDF, SVD--> vectors --RQ-VAE--> codes ------------------------------+
     histories --SASRec--> scores --curriculum--> K unclicked items --> reward, weight -+-> DB / TB loss -> T5
@@ -14,9 +14,9 @@ the probability of an item is proportional to its reward:
     python gflowgr.py --loss db --dataset beauty      after that: only the last stage is trained anew
 
 Shapes, everywhere:
-    B  users (histories) in a batch     T  items in a history          N  items in the catalogue
-    P  paths per history: 1 observed + K augmented                     L  codes per item   C  codes per level
-    W  beams                            d  width of the model          H  attention heads
+    B  histories in a batch     T  items in a history      N  items in the catalogue     U  users
+    P  paths per history: 1 observed + K augmented         L  codes per item             C  codes per level
+    W  beams                    d  width of a vector       H  attention heads            M  memory's tokens
 The id N pads short histories. A trajectory y = (y_1 .. y_L) walks s_0 -> s_1 -> .. -> s_L down a tree: every
 state has one parent, so log P_B = 0, and P_F(s_l | s_{l-1}) is the generator's p(y_l | x, y_<l).
 """
@@ -42,16 +42,15 @@ from data import DataError
 # ============================================================================================= 1. settings
 
 
-def knob(default, group: str, text: str):
-    """One setting: its default, the group of settings it belongs to, and its meaning."""
-    return field(default=default, metadata={"group": group, "help": text})
+def knob(default, group: str, text: str, choices: tuple = (), below: float = math.inf):
+    """One setting: its default, the group of settings it belongs to, its meaning, and what it may be."""
+    return field(default=default, metadata={"group": group, "help": text, "choices": choices, "below": below})
 
 
 @dataclass(frozen=True)
 class Config:
     """Every setting, once. [paper]: as the paper has it; [ours]: the paper leaves it open, or we differ."""
     dataset: str = knob("toy", "data", "toy, beauty, yelp, instruments, or a folder of your own")
-    max_history: int = knob(20, "data", "items of a history that the models see [paper]")
     seed: int = knob(42, "data", "fixes every random choice: on a CPU two runs print the same table")
 
     item_vectors: str = knob("", "vectors", "a .npy file of your own item vectors, not TF-IDF + SVD")
@@ -64,15 +63,17 @@ class Config:
     commitment: float = knob(0.25, "codes", "weight of the commitment loss [paper]")
     code_epochs: int = knob(250, "codes", "passes of the RQ-VAE over the items [ours]")
 
-    weight_decay: float = knob(0.01, "training", "AdamW's weight decay [ours]")
+    max_history: int = knob(20, "training", "items of a history that the models see [paper]")
+    weight_decay: float = knob(0.01, "training", "decoupled weight decay of SASRec and the generator [ours]")
     evaluations: int = knob(8, "training", "how often a training is validated (NDCG@10) [ours]")
     valid_users: int = knob(4000, "training", "users of these validations; at the end all count [ours]")
-    precision: str = knob("auto", "training", "auto, bf16, fp16 (CUDA, with gradient scaling) or fp32")
+    precision: str = knob("auto", "training", "of the matrix products; fp16 (CUDA) with gradient scaling",
+                          ("auto", "bf16", "fp16", "fp32"))
 
     sasrec_dim: int = knob(128, "sasrec", "width of SASRec [ours]")
     sasrec_layers: int = knob(2, "sasrec", "layers of SASRec [paper]")
     sasrec_heads: int = knob(2, "sasrec", "attention heads of SASRec [ours]")
-    sasrec_dropout: float = knob(0.4, "sasrec", "dropout of SASRec [ours]")
+    sasrec_dropout: float = knob(0.4, "sasrec", "dropout of SASRec [ours]", below=1)
     sasrec_length: int = knob(50, "sasrec", "last items of a user's sequence that SASRec trains on [ours]")
     sasrec_batch: int = knob(128, "sasrec", "sequences in a SASRec batch [ours]")
     sasrec_lr: float = knob(1e-3, "sasrec", "peak learning rate of SASRec [ours]")
@@ -83,33 +84,34 @@ class Config:
     d_kv: int = knob(32, "sft", "dimensions of a head; TIGER has 64 [ours]")
     d_ff: int = knob(512, "sft", "width of the feed-forward layers; TIGER has 1024 [ours]")
     layers: int = knob(3, "sft", "layers of the encoder, and of the decoder; TIGER has 4 [ours]")
-    dropout: float = knob(0.1, "sft", "dropout of the generator [paper]")
+    dropout: float = knob(0.1, "sft", "dropout of the generator [paper]", below=1)
     beam: int = knob(20, "sft", "beams of the constrained search, W [paper]")
     batch: int = knob(256, "sft", "histories in a batch, B [ours]")
     lr: float = knob(0.01, "sft", "peak rate of Adafactor, relative to a weight's size [ours]")
-    sft_epochs: float = knob(12.0, "sft", "passes over the training pairs by SFT [ours]")
+    sft_epochs: float = knob(10.0, "sft", "passes over the training pairs by SFT [ours]")
 
-    loss: str = knob("tb", "finetune", "fine-tuning method: sft (go on with it), db or tb")
+    loss: str = knob("tb", "finetune", "fine-tuning method; sft goes on with SFT", ("sft", "db", "tb"))
     from_scratch: bool = knob(False, "finetune", "fine-tune an untrained generator, for both trainings' time")
     finetune_epochs: float = knob(3.0, "finetune", "length, in passes of SFT; costly steps are fewer [ours]")
     finetune_lr: float = knob(0.003, "finetune", "peak rate of Adafactor in the fine-tuning [ours]")
     k: int = knob(4, "finetune", "augmented trajectories beside the observed one, K [paper]")
     lam: float = knob(0.01, "finetune", "lambda of Eq. 7, the weight of the GFlowNet term [ours]")
-    sampler: str = knob("curriculum", "finetune", "augmented items: curriculum [paper], random, none")
+    sampler: str = knob("curriculum", "finetune", "where augmented items come from [paper]",
+                        ("curriculum", "random", "none"))
     hardness: float = knob(3.0, "finetune", "b: the curriculum's beta rises from -b to +b [ours]")
     pool: int = knob(512, "finetune", "random items that the curriculum chooses from, per batch [ours]")
     reward: str = knob("aug,cf,sim", "finetune", "parts of the reward, any of aug, cf, sim [paper]")
     reward_floor: float = knob(0.01, "finetune", "smallest reward, so that its log is finite [ours]")
     confidence: bool = knob(True, "finetune", "weight each trajectory by Eq. 8 [paper]")
-    z: str = knob("user", "finetune", "log Z for each user, from the flow head [ours], or one scalar [paper]")
+    z: str = knob("user", "finetune", "one Z for each user [ours], or a scalar [paper]", ("user", "scalar"))
 
     data_dir: str = knob("data", "run", "where the datasets lie")
     runs_dir: str = knob("runs", "run", "where every stage's result is kept")
-    device: str = knob("auto", "run", "auto (CUDA where there is one), cpu, cuda or cuda:N")
+    device: str = knob("auto", "run", "auto (CUDA where there is one), cpu or cuda")
 
 
-PRESETS = {"toy": dict(levels=2, codebook_size=32, sasrec_epochs=30, d_model=64, d_kv=16, d_ff=256, layers=2,
-                       batch=64, sft_epochs=4.0, finetune_epochs=2.0, evaluations=4, valid_users=1000)}
+PRESETS = {"toy": dict(levels=2, codebook_size=32, d_model=64, d_kv=16, d_ff=256, layers=2, batch=64,
+                       sft_epochs=4.0, finetune_epochs=2.0, evaluations=4, valid_users=1000)}
 
 
 # ================================================================================================ 2. codes
@@ -129,8 +131,7 @@ def kmeans(points: Tensor, k: int, iterations: int = 20) -> Tensor:
     def random_points() -> Tensor:
         return points[torch.randint(len(points), (k,), device=points.device)]
 
-    centres = points[torch.randperm(len(points), device=points.device)[:k]] if len(points) >= k \
-        else random_points()
+    centres = random_points()                   # of two equal centres one stays empty, and so moves on
     for _ in range(iterations):
         nearest = torch.cdist(points, centres).argmin(1)
         count = torch.bincount(nearest, minlength=k)[:, None]
@@ -166,7 +167,7 @@ class ResidualQuantiser(nn.Module):
         return moved
 
     def forward(self, x: Tensor) -> Quantised:
-        """x (B, d) -> Quantised; its loss sums |sg(r) - q|^2 + commitment * |r - sg(q)|^2 over levels."""
+        """x (B, d) -> Quantised; its loss sums mse(sg(r), q) + commitment * mse(r, sg(q)) over levels."""
         residual, value, loss, codes, residuals = x, torch.zeros_like(x), x.new_zeros(()), [], []
         for codebook in self.codebooks:
             residuals.append(residual)
@@ -334,11 +335,12 @@ class Block(nn.Module):
         self.cross = Attention(d_model, heads, d_kv, dropout) if decoder else None
         self.wi, self.wo = linear(d_model, d_ff, d_model ** -0.5), linear(d_ff, d_model, d_ff ** -0.5)
 
-    def forward(self, x, bias, memory=None, past=None):
+    def forward(self, x: Tensor, bias: Tensor, memory: tuple | None = None,
+                past: tuple | None = None) -> tuple[Tensor, tuple]:
         """x (B * P, S, d) -> x, and the keys and values (B * P, H, S', d_kv) that a later step attends to.
 
         memory: keys, values (B, H, M, d_kv) and bias of the histories; the P paths of a history all ask the
-        same memory, so it is never repeated. past: the keys and values of the steps before x.
+        same memory, so it is never repeated (an encoder has P = 1). past: keys and values of earlier steps.
         """
         h = self.norms[0](x)
         present = self.attention.keys_values(h)
@@ -346,7 +348,7 @@ class Block(nn.Module):
             present = tuple(torch.cat(pair, 2) for pair in zip(past, present))
         x = x + self.dropout(self.attention(h, *present, bias))
         if self.cross is not None:
-            h = self.norms[1](x).view(memory[0].shape[0], -1, x.shape[-1])          # (B, P * S, d)
+            h = self.norms[1](x).view(len(memory[0]), -1, x.shape[-1])              # (B, P * S, d)
             x = x + self.dropout(self.cross(h, *memory).view(x.shape))
         h = self.wo(self.dropout(self.wi(self.norms[-1](x)).relu()))
         return x + self.dropout(h), present
@@ -377,11 +379,11 @@ class T5(nn.Module):
     """The standard T5 (Raffel et al. 2020) and a flow head. Token 0 pads and starts, 1 + l * C + c is code c
     of level l. Each level has tokens of its own, so what comes next is a choice among C codes."""
 
-    def __init__(self, levels: int, codes: int, d_model=128, heads=4, d_kv=32, d_ff=512, layers=3,
+    def __init__(self, levels: int, n_codes: int, d_model=128, heads=4, d_kv=32, d_ff=512, layers=3,
                  dropout=0.1):
         super().__init__()
-        self.levels, self.codes, self.d_model = levels, codes, d_model
-        self.embedding = nn.Embedding(1 + levels * codes, d_model)
+        self.levels, self.n_codes, self.d_model = levels, n_codes, d_model
+        self.embedding = nn.Embedding(1 + levels * n_codes, d_model)
         self.dropout = Dropout(dropout)
         self.encoder, self.decoder = (nn.ModuleList(
             Block(d_model, heads, d_kv, d_ff, self.dropout, decoder) for _ in range(layers))
@@ -391,12 +393,15 @@ class T5(nn.Module):
             nn.init.normal_(table.weight, std=d_model ** -0.5)
         self.encoder_norm, self.decoder_norm = RMSNorm(d_model), RMSNorm(d_model)
         self.flow = linear(d_model, 1, d_model ** -0.5)
-        self.scalar_z = nn.Parameter(torch.ones(()))    # log Z / 10 of all users, used with --z scalar
+        self.scalar_z = nn.Parameter(torch.ones(()))    # log Z / 10 of all users, for --z scalar: near 1, so
+        #                                                 that an optimiser of relative steps can move it
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens (..) -> (.., d). Under autocast the residual stream has autocast's type from here on."""
-        x, kind = self.embedding(tokens), tokens.device.type
-        return self.dropout(x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x)
+        x, device = self.embedding(tokens), tokens.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        return self.dropout(x)
 
     def encode(self, tokens: Tensor) -> Memory:
         """Tokens (B, M) of histories, 0 where padded -> Memory. Runs once per history, whatever the paths."""
@@ -429,7 +434,7 @@ class T5(nn.Module):
 
     def code_logits(self, state: Tensor, level: int) -> Tensor:
         """States s_level (.., d) -> logits (.., C) of the next code, by T5's tied and scaled embeddings."""
-        table = self.embedding.weight[1 + level * self.codes:1 + (level + 1) * self.codes]
+        table = self.embedding.weight[1 + level * self.n_codes:1 + (level + 1) * self.n_codes]
         return (state * self.d_model ** -0.5) @ table.T.to(state.dtype)
 
     def log_flow(self, state: Tensor) -> Tensor:
@@ -444,7 +449,9 @@ class Trie:
     """Which prefixes of codes are items: a tree in O(items) memory, its nodes numbered level by level.
 
     The children of node n are neighbours: first_child[n] .. first_child[n] + n_children[n] - 1, and code[c]
-    leads to child c. path[i], L + 1 nodes, leads from the root, node 0, to item i.
+    leads to child c. path[i], L + 1 nodes, leads from the root, node 0, to item i. With three items of codes
+    (0, 5), (2, 1), (0, 7) the root has the children 1 (by code 0) and 2 (by 2), node 1 the leaves 3 (by 5) and
+    4 (by 7), node 2 the leaf 5 (by 1), and the paths are (0, 1, 3), (0, 2, 5), (0, 1, 4).
     """
 
     def __init__(self, codes: Tensor):
@@ -610,7 +617,7 @@ METHODS = {
 
 def method_loss(model: T5, sasrec: SASRec, catalogue: Catalogue, cfg: Config, history: Tensor, target: Tensor,
                 progress: float) -> Tensor:
-    """Eq. 7: L_SFT + lambda * sum over {observed, K augmented} of w * L_GFN, the mean over users -> scalar.
+    """Eq. 7: L_SFT + lambda * sum over {observed, K augmented} of w * L_GFN, its mean over B -> scalar.
 
     history (B, T), target (B,), progress in [0, 1]. No gradient reaches SASRec or the reward.
     """
@@ -623,8 +630,8 @@ def method_loss(model: T5, sasrec: SASRec, catalogue: Catalogue, cfg: Config, hi
     log_reward = reward(r_aug, r_cs, r_sim, cfg.reward).clamp(min=cfg.reward_floor).log()
     weight = confidence(r_aug, r_cs) if cfg.confidence else torch.ones_like(r_cs)
     log_pf, log_flow = path_log_probs(model, catalogue, history, items)
-    if cfg.z == "scalar":
-        log_flow = torch.cat([(10 * model.scalar_z).expand_as(log_flow[..., :1]), log_flow[..., 1:]], -1)
+    log_z = 10 * model.scalar_z if cfg.z == "scalar" else log_flow[:, :1, :1]   # one, whatever dropout says
+    log_flow = torch.cat([log_z.expand_as(log_flow[..., :1]), log_flow[..., 1:]], -1)
     balance = method.objective(log_pf, log_flow, log_reward)                        # (B, P)
     return (sft(log_pf[:, 0]) + cfg.lam * (weight * balance).sum(1)).mean()
 
@@ -640,8 +647,8 @@ def compute_type(device: torch.device, wanted: str) -> torch.dtype:
     if wanted != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[wanted]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    with contextlib.suppress(OSError):          # only Linux tells; elsewhere float32 is always right
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    with contextlib.suppress(OSError):          # only Linux tells; float32 is right everywhere
         if re.search(r"\b(amx_bf16|avx512_bf16)\b", Path("/proc/cpuinfo").read_text()):
             return torch.bfloat16
     return torch.float32
@@ -697,7 +704,7 @@ def fit(model: nn.Module, title: str, loss_of: Callable, batches: Iterator[Tenso
                 metrics = validate()
                 if metrics["N@10"] > best_score:
                     best, best_score = copy_state(model), metrics["N@10"]
-            if step % 50 == 0 or step in checks or step == steps:           # the only waits for the device
+            if step % 50 == 0 or step in checks or step == steps:       # not always: it waits for the device
                 if not math.isfinite(value := loss.item()):
                     raise DataError(f"{title}: the loss is {value} at step {step}; lower the learning rate")
                 log({"step": step, "loss": value, **(metrics if step in checks else {})})
@@ -738,7 +745,7 @@ def beam_search(model: T5, catalogue: Catalogue, history: Tensor, beam: int) -> 
         parent = (users * node.shape[1] + best // child.shape[-1]).flatten()        # the beams that go on
         past = [(keys[parent], values[parent]) for keys, values in past]
         node = child.flatten(1).gather(1, best)
-        token = 1 + level * model.codes + trie.code[node]
+        token = 1 + level * model.n_codes + trie.code[node]
     n_items, missing = len(catalogue.codes), beam - score.shape[1]
     items = trie.item(node).masked_fill(score == -torch.inf, n_items)
     return F.pad(items, (0, missing), value=n_items), F.pad(score, (0, missing), value=-torch.inf)
@@ -747,7 +754,7 @@ def beam_search(model: T5, catalogue: Catalogue, history: Tensor, beam: int) -> 
 def ranking_metrics(recommended: Tensor, target: Tensor) -> dict[str, float]:
     """R@k, the share of users whose next item is among the first k, and N@k, the mean of 1 / log2(1 + rank).
 
-    recommended (U, W) item ids, best first, W >= 20; target (U,).
+    recommended (U, W) item ids, best first; target (U,).
     """
     hit = (recommended == target[:, None]).double()
     gain = hit / torch.log2(torch.arange(hit.shape[1], device=hit.device).double() + 2)
@@ -776,10 +783,13 @@ class Run(datasets.Stages):
                                    else "cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = compute_type(self.device, cfg.precision)
         self.data = datasets.load(cfg.dataset, Path(cfg.data_dir), cfg.seed)
-        super().__init__(cfg, NEEDS, self.data)
-        if cfg.k + cfg.max_history + 1 > min(cfg.pool, self.data.n_items):
-            raise DataError(f"{cfg.k} augmented items cannot always be found in a pool of {cfg.pool} out of "
-                            f"{self.data.n_items} items, clicked ones left out: lower --k or --max-history")
+        if self.data.offsets.diff().max() < 4:
+            raise DataError(f"{self.data.name}: no user has the 4 interactions that a training pair needs")
+        unclicked = min(cfg.pool, self.data.n_items) - cfg.max_history - 1
+        if METHODS[cfg.loss].objective and cfg.sampler != "none" and cfg.k > unclicked:
+            raise DataError(f"--k {cfg.k} items cannot be sampled: of {min(cfg.pool, self.data.n_items)} in the "
+                            f"pool {max(unclicked, 0)} are sure to be unclicked; change --k, --max-history or --pool")
+        super().__init__(dataclasses.replace(cfg, precision=str(self.dtype)[6:]), NEEDS, self.data)
         self.parts = {part: examples.to(self.device)
                       for part, examples in datasets.split(self.data, cfg.max_history).items()}
         order = torch.randperm(self.data.n_users, generator=torch.Generator().manual_seed(cfg.seed))
@@ -816,18 +826,17 @@ class Run(datasets.Stages):
 
 def train_codes(run: Run, vectors: Tensor, log: Callable) -> dict:
     """Train the RQ-VAE on item vectors (N, d_in) and read off every item's codes."""
-    cfg = run.cfg
+    cfg, steps = run.cfg, run.cfg.code_epochs * math.ceil(len(vectors) / 1024)
     model = RQVAE(vectors.shape[1], cfg.levels, cfg.codebook_size, cfg.code_dim, cfg.commitment)
     model.to(run.device)
     with torch.no_grad():
         model.quantiser.initialise(model.encoder(vectors))
 
     def restart(step: int) -> None:
-        if step % 200 == 0 and step < 0.8 * steps:      # afterwards the codes must come to rest
+        if step % max(steps // 15, 1) == 0 and step < 0.8 * steps:  # afterwards the codes must come to rest
             with torch.no_grad():
                 model.quantiser.restart_dead_codes(model.encoder(vectors))
 
-    steps = cfg.code_epochs * math.ceil(len(vectors) / 1024)
     batches = length_batches(torch.zeros(len(vectors), device=run.device), 1024, steps)
     optimiser = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.0, fused=True)
     fit(model, "codes", lambda rows, _: model(vectors[rows])[0], batches, steps, optimiser, log,
@@ -864,18 +873,19 @@ def item_codes(run: Run) -> Catalogue:
 def train_sasrec(run: Run) -> SASRec:
     """Stage 3: the collaborative model, trained on every user's training sequence and frozen from then on."""
     cfg = run.cfg
+    length = max(cfg.sasrec_length, cfg.max_history)    # else positions that are used would not be trained
     torch.manual_seed(cfg.seed)
     model = SASRec(run.data.n_items, cfg.sasrec_dim, cfg.sasrec_layers, cfg.sasrec_heads, cfg.sasrec_dropout,
-                   max(cfg.sasrec_length, cfg.max_history)).to(run.device)
+                   length).to(run.device)
 
     def build(log) -> dict:
-        train = datasets.split(run.data, cfg.sasrec_length)["train"].to(run.device)
+        train = datasets.split(run.data, length)["train"].to(run.device)
         whole = F.pad(train.user.diff() != 0, (0, 1), value=True).nonzero()[:, 0]   # each user's last pair
         steps = cfg.sasrec_epochs * math.ceil(len(whole) / cfg.sasrec_batch)
         batches = length_batches((train.end - train.start)[whole], cfg.sasrec_batch, steps)
         optimiser = torch.optim.AdamW(model.parameters(), cfg.sasrec_lr, weight_decay=cfg.weight_decay,
                                       fused=True)
-        return run.train("sasrec", model, lambda history: model.scores(history).float().topk(20).indices,
+        return run.train("sasrec", model, lambda history: datasets.top(model.scores(history).float(), 20),
                          lambda rows, _: model.loss(*train.batch(whole[rows])), batches, steps,
                          optimiser, log)
 
@@ -901,7 +911,7 @@ def train_generator(run: Run, stage: str, catalogue: Catalogue, sasrec: SASRec, 
         optimiser = torch.optim.Adafactor(model.parameters(), cfg.lr if cfg.from_scratch else cfg.finetune_lr,
                                           weight_decay=cfg.weight_decay)
         return run.train(
-            cfg.loss, model, lambda history: beam_search(model, catalogue, history, max(cfg.beam, 20))[0],
+            cfg.loss, model, lambda history: beam_search(model, catalogue, history, cfg.beam)[0],
             lambda rows, progress: method_loss(model, sasrec, catalogue, cfg, *train.batch(rows), progress),
             length_batches(train.end - train.start, cfg.batch, steps), steps, optimiser, log)
 
@@ -914,7 +924,7 @@ PAPER_R10 = {("Beauty", "sft"): 0.0558, ("Beauty", "tb"): 0.0651,      # Table 1
 
 def results_table(run: Run) -> str:
     """Test metrics of popularity, SASRec, SFT and the method; the paper's R@10 of its Table 1 (TIGER)."""
-    top = F.pad(datasets.popularity(run.data).topk(min(20, run.data.n_items)).indices, (0, 20))[:20]
+    top = datasets.top(datasets.popularity(run.data)[None], 20)
     target = run.data.items[run.data.offsets[1:] - 1]
     rows = [("popularity", ranking_metrics(top.expand(len(target), -1), target), {}, ""),
             ("SASRec", run.results["sasrec"]["test"], run.results["sasrec"], ""),
@@ -934,7 +944,8 @@ def run_all(cfg: Config) -> str:
     """All stages in order, each one kept; returns the table of results."""
     run = Run(cfg)
     print(f"{run.data.name}: {run.data.n_users:,} users, {run.data.n_items:,} items, "
-          f"{len(run.parts['train']):,} training pairs; {run.device}, {str(run.dtype)[6:]}, seed {cfg.seed}")
+          f"{len(run.parts['train']):,} training pairs; {run.device}, {run.cfg.precision}, seed {cfg.seed}",
+          flush=True)
     catalogue = item_codes(run)
     sasrec = train_sasrec(run)
     start = train_generator(run, "sft", catalogue, sasrec, {})
@@ -943,19 +954,12 @@ def run_all(cfg: Config) -> str:
 
 
 def check(cfg: Config) -> Config:
-    """The settings, if they make sense. Raises DataError."""
-    allowed = {"loss": METHODS, "sampler": ("curriculum", "random", "none"), "z": ("user", "scalar"),
-               "precision": ("auto", "bf16", "fp16", "fp32"), "device": ("auto", "cpu", "cuda")}
-    for name, values in allowed.items():
-        if getattr(cfg, name).split(":")[0] not in values:
-            raise DataError(f"--{name} {getattr(cfg, name)} is not one of {', '.join(values)}")
+    """The settings, if they make sense together. Raises DataError."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device):
+        raise DataError(f"--device {cfg.device} is not auto, cpu, cuda or cuda:N")
     parts = cfg.reward.split(",")
     if not set(parts) <= {"aug", "cf", "sim"} or len(set(parts)) != len(parts):
         raise DataError(f"--reward {cfg.reward} must name any of aug, cf, sim, once each, commas between")
-    for name, value in dataclasses.asdict(cfg).items():
-        low = {int: 1, float: 0}.get(type(value))
-        if low is not None and name != "seed" and not low <= value < math.inf:
-            raise DataError(f"--{name.replace('_', '-')} {value} must be {low} or more")
     if cfg.sasrec_dim % cfg.sasrec_heads:
         raise DataError(f"--sasrec-dim {cfg.sasrec_dim} is no multiple of --sasrec-heads {cfg.sasrec_heads}")
     return cfg

@@ -798,9 +798,9 @@ def test_liked_but_unseen_by_hand():
 # -------------------------------------------------------------------------------------- 11. the whole road
 
 QUICK = ["--code-epochs", "20", "--levels", "2", "--codebook-size", "8", "--sasrec-epochs", "2",
-         "--sasrec-dim", "16", "--d-model", "16", "--heads", "2", "--d-kv", "8", "--d-ff", "32", "--layers", "1",
-         "--batch", "64",
-         "--sft-epochs", "1", "--finetune-epochs", "1", "--evaluations", "2", "--vector-dim", "8"]
+         "--sasrec-dim", "16", "--d-model", "16", "--heads", "2", "--d-kv", "8", "--d-ff", "32",
+         "--layers", "1", "--batch", "64", "--sft-epochs", "1", "--finetune-epochs", "1",
+         "--evaluations", "2", "--vector-dim", "8"]
 
 
 @pytest.fixture
@@ -853,6 +853,18 @@ def test_only_what_depends_on_a_setting_is_done_again(world, capsys):
         assert {line[0] for line in lines if "now" in line} == stages
 
 
+def test_a_catalogue_of_fewer_items_than_a_list_is_ranked_whole(world, capsys):
+    own = world / "Own"
+    own.mkdir()
+    (own / "Own.item.json").write_text(json.dumps({str(i): {"title": f"thing {i % 4}"} for i in range(12)}))
+    sequences = {str(u): [(u + 5 * i) % 12 for i in range(5)] for u in range(9)}
+    (own / "Own.inter.json").write_text(json.dumps(sequences))
+    flags = ["--dataset", str(own), "--max-history", "3", "--k", "2"]
+    assert [row[4] for row in table(run(capsys, *flags).out)[:2]] == ["1.0000", "1.0000"]      # R@20
+    (own / "Own.inter.json").write_text('{"0": [0, 1, 2]}')
+    assert "no user has the 4 interactions" in run(capsys, *flags, expect=1).err
+
+
 def test_own_codes_vectors_and_from_scratch(world, capsys):
     codes = torch.tensor(list(itertools.product(range(4), repeat=3)))[:50]
     codes[1] = codes[0]                                    # twins get a last code
@@ -867,13 +879,11 @@ def test_own_codes_vectors_and_from_scratch(world, capsys):
 @pytest.mark.parametrize("flags, words", [
     (["--dataset", "beuty"], "unknown dataset 'beuty'"),
     (["--dataset", "."], "does not exist; the folder must hold"),
-    (["--loss", "tbb"], "--loss tbb is not one of sft, db, tb"),
-    (["--reward", "aug,xx"], "--reward aug,xx must name"), (["--k", "0"], "--k 0 must be 1 or more"),
-    (["--lam", "-1"], "--lam -1.0 must be"), (["--k", "40"], "lower --k"),
-    (["--lr", "nan"], "--lr nan must be"), (["--sasrec-dim", "15"], "no multiple of --sasrec-heads"),
+    (["--reward", "aug,xx"], "--reward aug,xx must name"), (["--k", "40"], "change --k"),
+    (["--sasrec-dim", "15"], "no multiple of --sasrec-heads"),
     (["--codes", "none.json"], "No such file or directory: none.json"),
     (["--precision", "fp16"], "fp16 needs a GPU"),
-    (["--item-vectors", "none.npy"], "none.npy"), (["--device", "tpu"], "--device tpu is not one of")])
+    (["--item-vectors", "none.npy"], "none.npy"), (["--device", "tpu"], "--device tpu is not auto")])
 def test_bad_settings_are_one_sentence(world, capsys, flags, words):
     err = run(capsys, *flags, expect=1).err
     assert words in err and err.startswith("error: ") and err.count("\n") == 1
@@ -881,7 +891,9 @@ def test_bad_settings_are_one_sentence(world, capsys, flags, words):
 
 @pytest.mark.parametrize("flags, words", [
     (["--los", "tb"], "unrecognized arguments: --los tb (did you mean --loss?)"),
-    (["--k", "many"], "invalid int value")])
+    (["--k", "many"], "invalid int value"), (["--loss", "tbb"], "invalid choice: 'tbb'"),
+    (["--k", "0"], "--k 0 must be at least 1"), (["--lam", "-1"], "--lam -1.0 must be at least 0"),
+    (["--lr", "nan"], "--lr nan must be"), (["--dropout", "1"], "--dropout 1.0 must be at least 0")])
 def test_wrong_flags_are_one_sentence(capsys, flags, words):
     with pytest.raises(SystemExit) as stop:
         g.main(flags)
@@ -928,6 +940,11 @@ def test_foreign_and_damaged_checkpoints_are_refused(world, capsys):
     assert "holds a model of another size" in run(capsys, expect=1).err
     path.write_bytes(path.read_bytes()[:100])
     assert "is damaged or not of this program" in run(capsys, expect=1).err
+
+
+def test_choices_are_the_methods():
+    field, = (f for f in g.dataclasses.fields(g.Config) if f.name == "loss")
+    assert field.metadata["choices"] == tuple(g.METHODS)
 
 
 def test_help_names_every_setting(capsys):
