@@ -31,6 +31,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -163,7 +164,7 @@ def load(dataset: str, data_dir: Path = Path("data"), seed: int = 42) -> Data:
 
 def read_folder(folder: Path) -> Data:
     """Read and check NAME/NAME.inter.json and NAME/NAME.item.json. Raises DataError naming file and entry."""
-    name = folder.resolve().name
+    name = Path(os.path.abspath(folder)).name       # a link keeps its own name
     item_path, inter_path = folder / f"{name}.item.json", folder / f"{name}.inter.json"
     titles, texts = read_items(item_path, read_json(item_path))
     sequences = read_sequences(inter_path, read_json(inter_path), len(texts))
@@ -173,12 +174,19 @@ def read_folder(folder: Path) -> Data:
 
 
 def read_json(path: Path) -> dict:
-    """A non-empty JSON object from a file. Raises DataError."""
+    """A non-empty JSON object from a file, no key of it twice. Raises DataError."""
+    def unique(pairs: list[tuple]) -> dict:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise ValueError(f"the key {json.dumps(twice)[:80]} stands twice")
+        return content
+
+    if not path.is_file():
+        raise DataError(f"{path} does not exist or is not a file; a dataset is a folder NAME with "
+                        "NAME.inter.json and NAME.item.json, and --codes names a file")
     try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist; the folder must hold "
-                        f"{path.parent.name}.inter.json and {path.parent.name}.item.json") from None
+        content = json.loads(path.read_bytes(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:  # ValueError: bad JSON or bad UTF-8
         raise DataError(f"{path} is not valid JSON ({error}); replace it with a whole copy") from None
     if not isinstance(content, dict) or not content:
@@ -352,16 +360,16 @@ def read_vectors(path: Path, n_items: int) -> torch.Tensor:
     """A user's own item vectors (N, d) from a .npy file, rows by item id. Raises DataError."""
     try:
         vectors = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy fails in many ways on a damaged file; to the user each means the same
         raise DataError(f"{path} cannot be read as a .npy file of numbers ({error})") from None
     if not isinstance(vectors, np.ndarray) or vectors.ndim != 2 or len(vectors) != n_items \
-            or vectors.dtype.kind not in "fiu":
+            or vectors.shape[1] == 0 or vectors.dtype.kind not in "fiu":
         found = f"{vectors.dtype} {vectors.shape}" if isinstance(vectors, np.ndarray) else "an archive"
         raise DataError(f"{path} holds {found}; expected one row of numbers for each of the {n_items} items")
     wrong = np.flatnonzero(~np.isfinite(vectors).all(1))
     if len(wrong):
         raise DataError(f"{path}: row {wrong[0]} is not finite ({len(wrong)} such rows); items need numbers")
-    vectors = torch.from_numpy(vectors.astype(np.float32))
+    vectors = torch.from_numpy(vectors / np.maximum(np.abs(vectors).max(), 1e-300)).float()     # of any scale
     return vectors / vectors.square().mean().sqrt().clamp(min=1e-12)
 
 
@@ -380,10 +388,11 @@ def read_codes(path: Path, n_items: int) -> torch.Tensor:
     rows = []
     for item in map(str, range(n_items)):
         tokens = content[item] if isinstance(content[item], list) else [content[item]]
-        found = [re.fullmatch(r"<[a-z]_(\d{1,5})>", str(token)) for token in tokens]
+        found = [re.fullmatch(rf"<{chr(97 + level)}_([0-9]{{1,5}})>", str(token))
+                 for level, token in enumerate(tokens)]
         if not all(found) or not found or len(found) != len(content["0"]):
             raise DataError(f'{path}: item "{item}" has the codes {json.dumps(content[item])[:80]}, but each '
-                            'item needs the same number of codes such as "<a_183>"')
+                            'item needs codes as "<a_183>", "<b_7>", as many as the first')
         rows.append([int(match[1]) for match in found])
     return torch.tensor(rows)
 
@@ -409,11 +418,11 @@ class Stages:
 
     def folder(self, stage: str) -> Path:
         """Where a stage is kept. Of the files that settings name, the content counts, not the path."""
-        settings = self.settings(stage)
+        settings = {**self.settings(stage), "dataset": self.fingerprint}
         for name in ("item_vectors", "codes"):
             if settings.get(name):
                 settings[name] = git_blob_id(Path(settings[name]).read_bytes())
-        key = hashlib.sha1(json.dumps([settings, self.fingerprint]).encode()).hexdigest()[:10]
+        key = hashlib.sha1(json.dumps(settings).encode()).hexdigest()[:10]
         return self.root / f"{self.cfg.loss if stage == 'finetune' else stage}-{key}"
 
     def stage(self, stage: str, build: Callable[[Callable[[dict], None]], dict]) -> dict:
@@ -434,14 +443,14 @@ def keep(folder: Path, settings: dict, build: Callable[[Callable[[dict], None]],
     """
     path = folder / "checkpoint.pt"
     if path.exists():
-        return read_checkpoint(path)
+        return read_checkpoint(path, folder.name)
     write_atomically(folder / "config.json", json.dumps(settings, indent=2).encode())
     started = time.perf_counter()
     with open(folder / "metrics.jsonl", "w", encoding="utf-8") as lines:
         def log(entry: dict) -> None:
             lines.write(json.dumps({"seconds": round(time.perf_counter() - started, 2), **entry}) + "\n")
             lines.flush()
-        result = build(log)
+        result = {**build(log), "of": folder.name}
         result["seconds"] = time.perf_counter() - started
         log({name: value for name, value in result.items() if name in ("valid", "test", "figures")})
     buffer = io.BytesIO()
@@ -450,13 +459,16 @@ def keep(folder: Path, settings: dict, build: Callable[[Callable[[dict], None]],
     return result
 
 
-def read_checkpoint(path: Path) -> dict:
-    """A result that `keep` wrote; nothing in it is evaluated as code. Raises DataError when it is damaged."""
+def read_checkpoint(path: Path, of: str) -> dict:
+    """A result that `keep` wrote for the folder `of`; nothing in it is evaluated as code. Raises DataError
+    when it is damaged or another's."""
     try:
+        with zipfile.ZipFile(path) as parts:    # torch.load itself never looks at the check sums
+            sound = parts.testzip() is None
         result = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(result, dict) and "seconds" in result:
+        if sound and result["of"] == of:
             return result
-    except Exception:  # torch.load fails in many ways on a damaged file; to the user each means the same
+    except Exception:  # a damaged file fails in many ways; to the user each means the same
         pass
     raise DataError(f"{path} is damaged or not of this program; remove it and the stage will be done again")
 
@@ -465,7 +477,7 @@ def load_state(model: torch.nn.Module, state: dict, folder: Path) -> torch.nn.Mo
     """Put a kept state into a model, ready for use. Raises DataError when it is of another size."""
     try:
         model.load_state_dict(state)
-    except (RuntimeError, TypeError):
+    except (RuntimeError, TypeError, AttributeError):
         raise DataError(f"{folder} holds a model of another size than these settings; remove that folder "
                         "and the stage will be done again") from None
     return model.eval()
@@ -473,18 +485,20 @@ def load_state(model: torch.nn.Module, state: dict, folder: Path) -> torch.nn.Mo
 
 # -------------------------------------------------------------------------------------------- command line
 
+class Parser(argparse.ArgumentParser):
+    """A parser that answers a mistake with one sentence, the nearest flag in it, and exit code 2."""
+
+    def error(self, message: str):
+        wrong = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        close = difflib.get_close_matches(wrong[1], self._option_string_actions, 1) if wrong else []
+        self.exit(2, f"error: {message}{f' (did you mean {close[0]}?)' if close else ''}; see --help\n")
+
+
 def command_line(settings: type, presets: dict[str, dict], argv: list[str] | None, prog: str, about: str):
     """An instance of the dataclass `settings` from the command line: one flag for each field, whose metadata
     hold "help", "group", "choices" and "below"; presets are other defaults for a --dataset. Numbers must be 0
-    or more, integers but the seed 1 or more. A mistake is one sentence on stderr and exit code 2."""
+    or more, integers but the seed 1 or more."""
     fields = {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(settings)}
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            wrong = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-            close = difflib.get_close_matches(wrong[1], fields, 1) if wrong else []
-            self.exit(2, f"error: {message}{f' (did you mean {close[0]}?)' if close else ''}; see --help\n")
-
     parser = Parser(prog=prog, usage=f"python {prog} [--SETTING VALUE ...]", description=about,
                     allow_abbrev=False)
     groups = {f.metadata["group"]: None for f in fields.values()}
@@ -501,8 +515,21 @@ def command_line(settings: type, presets: dict[str, dict], argv: list[str] | Non
     for flag, f in fields.items():
         value, low = values[f.name], 1 if type(f.default) is int and f.name != "seed" else 0
         if type(f.default) in (int, float) and not low <= value < f.metadata["below"]:
-            parser.error(f"{flag} {value} must be at least {low} and below {f.metadata['below']}")
+            parser.error(f"{flag} {value} must be at least {low} and below {f.metadata['below']:g}")
     return settings(**values)
+
+
+def explain(error: Exception) -> str:
+    """One sentence for what can go wrong outside of the program's control."""
+    if isinstance(error, OSError):
+        place = f": {error.filename}" if error.filename else ""
+        return f"error: {error.strerror or error}{place}; finished stages are kept, half-written files are not"
+    reason = str(error).strip().splitlines()[-1][:150] if str(error) else "out of memory"
+    if isinstance(error, MemoryError) or re.search("allocate|out of memory", str(error)):
+        return f"error: not enough memory ({reason}); lower the sizes, as --batch"
+    if isinstance(error, DataError):
+        return f"error: {error}"
+    raise error  # a bug of this program: the traceback helps to find it
 
 
 def aligned(table: list[list[str]]) -> str:
@@ -523,7 +550,7 @@ def describe(data: Data) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """`python data.py NAME`: bring and check a dataset, print its figures. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="data.py", allow_abbrev=False, description=main.__doc__)
+    parser = Parser(prog="data.py", allow_abbrev=False, description=main.__doc__)
     parser.add_argument("dataset", help=f"toy, {', '.join(DATASETS)}, or the path of a folder of your own")
     parser.add_argument("--data-dir", type=Path, default="data", help="where NAME/ lies (default: data)")
     args = parser.parse_args(argv)
@@ -531,7 +558,7 @@ def main(argv: list[str] | None = None) -> int:
         print(describe(load(args.dataset, args.data_dir)))
         return 0
     except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(explain(error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; nothing half-written was left behind", file=sys.stderr)

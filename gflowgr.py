@@ -42,7 +42,7 @@ from data import DataError
 # ============================================================================================= 1. settings
 
 
-def knob(default, group: str, text: str, choices: tuple = (), below: float = math.inf):
+def knob(default, group: str, text: str, choices: tuple = (), below: float = 1e9):
     """One setting: its default, the group of settings it belongs to, its meaning, and what it may be."""
     return field(default=default, metadata={"group": group, "help": text, "choices": choices, "below": below})
 
@@ -57,7 +57,7 @@ class Config:
     vector_dim: int = knob(128, "vectors", "dimensions of the TF-IDF + SVD item vectors [ours]")
 
     codes: str = knob("", "codes", "a NAME.index.json of ready codes (LETTER's format), not our RQ-VAE's")
-    levels: int = knob(3, "codes", "codebooks of the RQ-VAE; a last code makes each path unique [paper]")
+    levels: int = knob(3, "codes", "codebooks; one more code makes each path unique [paper]", below=26)
     codebook_size: int = knob(256, "codes", "codes per level, C [paper]")
     code_dim: int = knob(32, "codes", "dimensions of a code vector [paper]")
     commitment: float = knob(0.25, "codes", "weight of the commitment loss [paper]")
@@ -65,7 +65,7 @@ class Config:
 
     max_history: int = knob(20, "training", "items of a history that the models see [paper]")
     weight_decay: float = knob(0.01, "training", "decoupled weight decay of SASRec and the generator [ours]")
-    evaluations: int = knob(8, "training", "how often a training is validated (NDCG@10) [ours]")
+    evaluations: int = knob(8, "training", "how often a training is validated (NDCG@10) [ours]", below=1000)
     valid_users: int = knob(4000, "training", "users of these validations; at the end all count [ours]")
     precision: str = knob("auto", "training", "of the matrix products; fp16 (CUDA) with gradient scaling",
                           ("auto", "bf16", "fp16", "fp32"))
@@ -450,8 +450,8 @@ class Trie:
 
     The children of node n are neighbours: first_child[n] .. first_child[n] + n_children[n] - 1, and code[c]
     leads to child c. path[i], L + 1 nodes, leads from the root, node 0, to item i. With three items of codes
-    (0, 5), (2, 1), (0, 7) the root has the children 1 (by code 0) and 2 (by 2), node 1 the leaves 3 (by 5) and
-    4 (by 7), node 2 the leaf 5 (by 1), and the paths are (0, 1, 3), (0, 2, 5), (0, 1, 4).
+    (0, 5), (2, 1), (0, 7) the root has the children 1 (code 0) and 2 (code 2), node 1 the leaves 3 (code 5)
+    and 4 (code 7), node 2 the leaf 5 (code 1), and the paths are (0, 1, 3), (0, 2, 5), (0, 1, 4).
     """
 
     def __init__(self, codes: Tensor):
@@ -706,7 +706,7 @@ def fit(model: nn.Module, title: str, loss_of: Callable, batches: Iterator[Tenso
                     best, best_score = copy_state(model), metrics["N@10"]
             if step % 50 == 0 or step in checks or step == steps:       # not always: it waits for the device
                 if not math.isfinite(value := loss.item()):
-                    raise DataError(f"{title}: the loss is {value} at step {step}; lower the learning rate")
+                    raise DataError(f"{title}: the loss is {value} at step {step}; lower rates or weights")
                 log({"step": step, "loss": value, **(metrics if step in checks else {})})
                 if bar.disable and step in checks:                              # piped output has no bar
                     print(f"  {title} step {step:,} of {steps:,}: loss {value:.3f}, "
@@ -777,8 +777,8 @@ class Run(datasets.Stages):
     """One command: its settings, device and data, and its stages, each of them done once and then kept."""
 
     def __init__(self, cfg: Config):
-        if cfg.device.startswith("cuda") and not torch.cuda.is_available():
-            raise DataError(f"--device {cfg.device}: torch sees no CUDA device; use --device cpu")
+        if cfg.device.startswith("cuda") and int(cfg.device[5:] or 0) >= torch.cuda.device_count():
+            raise DataError(f"--device {cfg.device}: torch sees no such device; use --device cpu")
         self.device = torch.device(cfg.device if cfg.device != "auto"
                                    else "cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = compute_type(self.device, cfg.precision)
@@ -787,9 +787,11 @@ class Run(datasets.Stages):
             raise DataError(f"{self.data.name}: no user has the 4 interactions that a training pair needs")
         unclicked = min(cfg.pool, self.data.n_items) - cfg.max_history - 1
         if METHODS[cfg.loss].objective and cfg.sampler != "none" and cfg.k > unclicked:
-            raise DataError(f"--k {cfg.k} items cannot be sampled: of {min(cfg.pool, self.data.n_items)} in the "
-                            f"pool {max(unclicked, 0)} are sure to be unclicked; change --k, --max-history or --pool")
-        super().__init__(dataclasses.replace(cfg, precision=str(self.dtype)[6:]), NEEDS, self.data)
+            raise DataError(f"--k {cfg.k}: only {max(unclicked, 0)} items of a pool are sure to be unclicked; "
+                            "change --k, --max-history or --pool, or use --sampler none")
+        cfg = dataclasses.replace(cfg, precision=str(self.dtype)[6:], item_vectors="" if cfg.codes
+                                  else cfg.item_vectors)
+        super().__init__(cfg, NEEDS, self.data)
         self.parts = {part: examples.to(self.device)
                       for part, examples in datasets.split(self.data, cfg.max_history).items()}
         order = torch.randperm(self.data.n_users, generator=torch.Generator().manual_seed(cfg.seed))
@@ -866,7 +868,8 @@ def item_codes(run: Run) -> Catalogue:
 
     result = run.stage("codes", given if cfg.codes else learnt)
     index = run.folder("codes") / f"{data.name}.index.json"
-    datasets.write_atomically(index, datasets.format_codes(result["codes"]).encode())
+    if not index.exists():
+        datasets.write_atomically(index, datasets.format_codes(result["codes"]).encode())
     return Catalogue.of(result["codes"].to(run.device), result["semantic"])
 
 
@@ -918,8 +921,8 @@ def train_generator(run: Run, stage: str, catalogue: Catalogue, sasrec: SASRec, 
     return datasets.load_state(model, run.stage(stage, build)["state"], run.folder(stage))
 
 
-PAPER_R10 = {("Beauty", "sft"): 0.0558, ("Beauty", "tb"): 0.0651,      # Table 1, TIGER
-             ("Yelp", "sft"): 0.0334, ("Yelp", "tb"): 0.0404}
+PAPER_R10 = {("beauty", "sft"): 0.0558, ("beauty", "tb"): 0.0651,      # Table 1, TIGER
+             ("yelp", "sft"): 0.0334, ("yelp", "tb"): 0.0404}
 
 
 def results_table(run: Run) -> str:
@@ -933,7 +936,7 @@ def results_table(run: Run) -> str:
     names = list(rows[1][1])
     table = [["test", *names, "valid R@10", "paper R@10", "seconds"]]
     for label, test, result, method in rows:
-        paper = PAPER_R10.get((run.data.name, method))
+        paper = PAPER_R10.get((run.cfg.dataset, method))
         cells = [test.get(name) for name in names] + [result.get("valid", {}).get("R@10"), paper]
         table.append([label, *("" if value is None else f"{value:.4f}" for value in cells),
                       f"{result['seconds']:.0f}" if result else ""])
@@ -960,6 +963,8 @@ def check(cfg: Config) -> Config:
     parts = cfg.reward.split(",")
     if not set(parts) <= {"aug", "cf", "sim"} or len(set(parts)) != len(parts):
         raise DataError(f"--reward {cfg.reward} must name any of aug, cf, sim, once each, commas between")
+    if cfg.reward_floor < 1e-30:
+        raise DataError(f"--reward-floor {cfg.reward_floor} must be above 0, for the log of a reward of 0")
     if cfg.sasrec_dim % cfg.sasrec_heads:
         raise DataError(f"--sasrec-dim {cfg.sasrec_dim} is no multiple of --sasrec-heads {cfg.sasrec_heads}")
     return cfg
@@ -971,11 +976,8 @@ def main(argv: list[str] | None = None) -> int:
         settings = datasets.command_line(Config, PRESETS, argv, "gflowgr.py", __doc__.splitlines()[0])
         print(run_all(check(settings)))
         return 0
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"error: {error.strerror or error}: {error.filename}; finished stages are kept",
-              file=sys.stderr)
+    except (DataError, OSError, MemoryError, RuntimeError) as error:
+        print(datasets.explain(error), file=sys.stderr)
     except KeyboardInterrupt:
         print("\nstopped: finished stages are kept, the same command goes on after them", file=sys.stderr)
         return 130

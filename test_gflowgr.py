@@ -146,6 +146,7 @@ def test_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
     ("{", None, r"Own.inter.json is not valid JSON"),
     ("[]", None, r"Own.inter.json must hold a JSON object"),
     ("{}", None, r"Own.inter.json must hold a JSON object"),
+    ('{"0": [0, 1, 2], "0": [0, 1, 2]}', None, r'Own.inter.json is not valid .*the key "0" stands twice'),
     ('{"0": [0, 1, 2], "7": [0, 1]}', None, r'Own.inter.json: user "7" has 2 interactions'),
     ('{"7": [0, 1, 3]}', None, r'Own.inter.json: user "7" has the item 3, which is not in the catalogue'),
     ('{"7": [0, 1, -1]}', None, r'user "7" has the item -1'),
@@ -168,7 +169,7 @@ def test_malformed_files_are_named(tmp_path, inter, item, words):
 
 
 def test_missing_files_and_unknown_names(tmp_path):
-    with pytest.raises(DataError, match="does not exist; the folder must hold"):
+    with pytest.raises(DataError, match="does not exist or is not a file"):
         datasets.load(str(tmp_path))
     with pytest.raises(DataError, match="unknown dataset 'beuty'.*beauty"):
         datasets.load("beuty")
@@ -233,7 +234,8 @@ def test_text_vectors_are_the_best_low_rank_tfidf():
 
 
 @pytest.mark.parametrize("array, words", [
-    (np.zeros((3, 2)), None), (np.zeros((2, 2)), "one row"), (np.zeros(3), "one row"),
+    (np.zeros((3, 2)), None), (np.zeros((3, 0)), "one row"), (np.zeros((2, 2)), "one row"),
+    (np.zeros(3), "one row"),
     (np.array([[1.0], [np.nan], [np.inf]]), "row 1 is not finite"), (np.array([["a"]] * 3), "one row")])
 def test_own_item_vectors(tmp_path, array, words):
     np.save(tmp_path / "v.npy", array)
@@ -245,10 +247,20 @@ def test_own_item_vectors(tmp_path, array, words):
 
 
 def test_unreadable_item_vectors(tmp_path):
-    (tmp_path / "v.npy").write_bytes(b"not numpy")
-    for path in (tmp_path / "v.npy", tmp_path / "none.npy"):
+    for content in (b"not numpy", b"PK\x03\x04" + bytes(100), b""):
+        (tmp_path / "v.npy").write_bytes(content)
         with pytest.raises(DataError, match="cannot be read"):
-            datasets.read_vectors(path, 3)
+            datasets.read_vectors(tmp_path / "v.npy", 3)
+
+
+def test_item_vectors_of_any_scale_are_the_same(tmp_path):
+    vectors = np.random.default_rng(0).normal(size=(5, 3))
+    found = []
+    for scale in (1e-200, 1.0, 1e200):
+        np.save(tmp_path / "v.npy", vectors * scale)
+        found.append(datasets.read_vectors(tmp_path / "v.npy", 5))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
 
 
 def test_keep_builds_once_and_whole(tmp_path):
@@ -264,9 +276,13 @@ def test_keep_builds_once_and_whole(tmp_path):
     assert len(calls) == 1 and json.loads((tmp_path / "config.json").read_text()) == {"a": 1}
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["step"] == 1 and lines[1]["valid"] == {"R@10": 0.5}
-    (tmp_path / "checkpoint.pt").write_bytes(b"cut off")
-    with pytest.raises(DataError, match="checkpoint.pt is damaged"):
-        datasets.keep(tmp_path, {}, build)
+    path, whole = tmp_path / "checkpoint.pt", (tmp_path / "checkpoint.pt").read_bytes()
+    place = whole.index(torch.arange(3).numpy().tobytes())
+    flipped = whole[:place] + b"\1" + whole[place + 1:]
+    for content in (b"", b"cut off", whole[:-30], flipped):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="checkpoint.pt is damaged"):
+            datasets.keep(tmp_path, {}, build)
 
 
 def test_keep_leaves_no_result_of_a_build_that_stopped(tmp_path):
@@ -343,7 +359,8 @@ def test_codes_round_trip_in_letters_format(tmp_path):
 @pytest.mark.parametrize("content, words", [
     ('{"0": ["<a_1>"]}', "codes for 1 items"), ('{"0": ["<a_1>"], "2": ["<a_1>"]}', "codes for 2 items"),
     ('{"0": ["<a_1>"], "1": ["<a_1>", "<b_1>"]}', 'item "1" has the codes'),
-    ('{"0": [], "1": []}', 'item "0"'), ('{"0": ["<a_1>"], "1": ["a1"]}', 'item "1"'),
+    ('{"0": ["<b_1>"], "1": ["<b_2>"]}', 'item "0"'), ('{"0": [], "1": []}', 'item "0"'),
+    ('{"0": ["<a_1>"], "1": ["a1"]}', 'item "1"'),
     ('{"0": ["<a_1>"], "1": 7}', 'item "1"'), ("[", "not valid JSON")])
 def test_wrong_code_files_are_named(tmp_path, content, words):
     (tmp_path / "x.json").write_text(content)
@@ -878,9 +895,9 @@ def test_own_codes_vectors_and_from_scratch(world, capsys):
 
 @pytest.mark.parametrize("flags, words", [
     (["--dataset", "beuty"], "unknown dataset 'beuty'"),
-    (["--dataset", "."], "does not exist; the folder must hold"),
+    (["--dataset", "."], "does not exist or is not a file"),
     (["--reward", "aug,xx"], "--reward aug,xx must name"), (["--k", "40"], "change --k"),
-    (["--sasrec-dim", "15"], "no multiple of --sasrec-heads"),
+    (["--reward-floor", "0"], "must be above 0"), (["--sasrec-dim", "15"], "no multiple of --sasrec-heads"),
     (["--codes", "none.json"], "No such file or directory: none.json"),
     (["--precision", "fp16"], "fp16 needs a GPU"),
     (["--item-vectors", "none.npy"], "none.npy"), (["--device", "tpu"], "--device tpu is not auto")])
@@ -935,7 +952,9 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(world, capsys, monk
 def test_foreign_and_damaged_checkpoints_are_refused(world, capsys):
     run(capsys)
     path, = (world / "runs" / "toy").glob("sft-*/checkpoint.pt")
-    result = datasets.read_checkpoint(path)
+    result = datasets.read_checkpoint(path, path.parent.name)
+    torch.save({**result, "of": "sft-another"}, path)
+    assert "is damaged or not of this program" in run(capsys, expect=1).err
     torch.save({**result, "state": {"embedding.weight": torch.zeros(2, 2)}}, path)
     assert "holds a model of another size" in run(capsys, expect=1).err
     path.write_bytes(path.read_bytes()[:100])
