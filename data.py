@@ -523,7 +523,7 @@ def explain(error: Exception) -> str:
     """One sentence for what can go wrong outside of the program's control."""
     if isinstance(error, OSError):
         place = f": {error.filename}" if error.filename else ""
-        return f"error: {error.strerror or error}{place}; finished stages are kept, half-written files are not"
+        return f"error: {error.strerror or error}{place}; finished stages are kept, half-written ones not"
     reason = str(error).strip().splitlines()[-1][:150] if str(error) else "out of memory"
     if isinstance(error, MemoryError) or re.search("allocate|out of memory", str(error)):
         return f"error: not enough memory ({reason}); lower the sizes, as --batch"

@@ -245,8 +245,10 @@ class SASRec(nn.Module):
         return rows, (history != self.item.padding_idx).sum(1) - 1
 
     def scores(self, history: Tensor) -> Tensor:
-        """History (B, T) -> the score of every item as the next one (B, N)."""
-        return self(history)[self.last(history)] @ self.item.weight[:-1].T
+        """History (B, T) -> the score of every item as the next one (B, N), float32: bf16 would tie the best."""
+        state = self(history)[self.last(history)].float()
+        with torch.autocast(state.device.type, enabled=False):
+            return state @ self.item.weight[:-1].T
 
     def loss(self, history: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy of the next item over the whole catalogue, at every position -> scalar. [ours]: the
@@ -549,7 +551,7 @@ def trajectories(sasrec: SASRec, cfg: Config, history: Tensor, target: Tensor,
     r_cs in [0, 1] is SASRec's score, min-max scaled over the catalogue for this user. [ours]
     history (B, T), target (B,), progress of the training in [0, 1].
     """
-    items, scores = target[:, None], sasrec.scores(history).float()                 # (B, 1), (B, N)
+    items, scores = target[:, None], sasrec.scores(history)                         # (B, 1), (B, N)
     if cfg.sampler != "none":
         pool = torch.randperm(scores.shape[1], device=scores.device)[:cfg.pool]
         beta = cfg.hardness * (2 * progress - 1) if cfg.sampler == "curriculum" else 0.0
@@ -787,7 +789,7 @@ class Run(datasets.Stages):
             raise DataError(f"{self.data.name}: no user has the 4 interactions that a training pair needs")
         unclicked = min(cfg.pool, self.data.n_items) - cfg.max_history - 1
         if METHODS[cfg.loss].objective and cfg.sampler != "none" and cfg.k > unclicked:
-            raise DataError(f"--k {cfg.k}: only {max(unclicked, 0)} items of a pool are sure to be unclicked; "
+            raise DataError(f"--k {cfg.k}: only {max(unclicked, 0)} items of a pool are surely unclicked; "
                             "change --k, --max-history or --pool, or use --sampler none")
         cfg = dataclasses.replace(cfg, precision=str(self.dtype)[6:], item_vectors="" if cfg.codes
                                   else cfg.item_vectors)
@@ -888,7 +890,7 @@ def train_sasrec(run: Run) -> SASRec:
         batches = length_batches((train.end - train.start)[whole], cfg.sasrec_batch, steps)
         optimiser = torch.optim.AdamW(model.parameters(), cfg.sasrec_lr, weight_decay=cfg.weight_decay,
                                       fused=True)
-        return run.train("sasrec", model, lambda history: datasets.top(model.scores(history).float(), 20),
+        return run.train("sasrec", model, lambda history: datasets.top(model.scores(history), 20),
                          lambda rows, _: model.loss(*train.batch(whole[rows])), batches, steps,
                          optimiser, log)
 
