@@ -245,7 +245,7 @@ class SASRec(nn.Module):
         return rows, (history != self.item.padding_idx).sum(1) - 1
 
     def scores(self, history: Tensor) -> Tensor:
-        """History (B, T) -> the score of every item as the next one (B, N), float32: bf16 would tie the best."""
+        """History (B, T) -> each item's score as the next one (B, N), float32: in bf16 the best would tie."""
         state = self(history)[self.last(history)].float()
         with torch.autocast(state.device.type, enabled=False):
             return state @ self.item.weight[:-1].T
