@@ -49,7 +49,8 @@ def knob(default, group: str, text: str, choices: tuple = (), below: float = 1e9
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting, once. [paper]: as the paper has it; [ours]: the paper leaves it open, or we differ."""
+    """Every setting, once. [paper]: as the paper, or TIGER and LETTER that it builds on, have it; [ours]: they
+    leave it open, or we differ."""
     dataset: str = knob("toy", "data", "toy, beauty, yelp, instruments, or a folder of your own")
     seed: int = knob(42, "data", "fixes every random choice: on a CPU two runs print the same table")
 
@@ -71,7 +72,7 @@ class Config:
                           ("auto", "bf16", "fp16", "fp32"))
 
     sasrec_dim: int = knob(128, "sasrec", "width of SASRec [ours]")
-    sasrec_layers: int = knob(2, "sasrec", "layers of SASRec [paper]")
+    sasrec_layers: int = knob(2, "sasrec", "layers of SASRec [ours]")
     sasrec_heads: int = knob(2, "sasrec", "attention heads of SASRec [ours]")
     sasrec_dropout: float = knob(0.4, "sasrec", "dropout of SASRec [ours]", below=1)
     sasrec_length: int = knob(50, "sasrec", "last items of a user's sequence that SASRec trains on [ours]")
@@ -94,9 +95,9 @@ class Config:
     from_scratch: bool = knob(False, "finetune", "fine-tune an untrained generator, for both trainings' time")
     finetune_epochs: float = knob(3.0, "finetune", "length, in passes of SFT; costly steps are fewer [ours]")
     finetune_lr: float = knob(0.003, "finetune", "peak rate of Adafactor in the fine-tuning [ours]")
-    k: int = knob(4, "finetune", "augmented trajectories beside the observed one, K [paper]")
+    k: int = knob(4, "finetune", "augmented trajectories beside the observed one, K [ours]")
     lam: float = knob(0.01, "finetune", "lambda of Eq. 7, the weight of the GFlowNet term [ours]")
-    sampler: str = knob("curriculum", "finetune", "where augmented items come from [paper]",
+    sampler: str = knob("curriculum", "finetune", "augmented items: [paper], or two ablations",
                         ("curriculum", "random", "none"))
     hardness: float = knob(3.0, "finetune", "b: the curriculum's beta rises from -b to +b [ours]")
     pool: int = knob(512, "finetune", "random items that the curriculum chooses from, per batch [ours]")
@@ -714,7 +715,8 @@ def fit(model: nn.Module, title: str, loss_of: Callable, batches: Iterator[Tenso
                     print(f"  {title} step {step:,} of {steps:,}: loss {value:.3f}, "
                           f"valid N@10 {metrics['N@10']:.4f}", flush=True)
                 speed = f"{step * len(rows) / max(bar.format_dict['elapsed'], 1e-9):,.0f}"
-                bar.set_postfix({"loss": f"{value:.3f}", "rows/s": speed, "valid N@10": f"{best_score:.4f}"})
+                latest = {"valid N@10": f"{metrics['N@10']:.4f}"} if metrics else {}
+                bar.set_postfix({"loss": f"{value:.3f}", "rows/s": speed, **latest})
             bar.update()
     return best or copy_state(model)
 
