@@ -521,14 +521,14 @@ def command_line(settings: type, presets: dict[str, dict], argv: list[str] | Non
 
 def explain(error: Exception) -> str:
     """One sentence for what can go wrong outside of the program's control."""
+    if isinstance(error, DataError):
+        return f"error: {error}"
     if isinstance(error, OSError):
         place = f": {error.filename}" if error.filename else ""
         return f"error: {error.strerror or error}{place}; finished stages are kept, half-written ones not"
-    reason = str(error).strip().splitlines()[-1][:150] if str(error) else "out of memory"
     if isinstance(error, MemoryError) or re.search("allocate|out of memory", str(error)):
+        reason = str(error).strip().splitlines()[-1][:150] if str(error) else "out of memory"
         return f"error: not enough memory ({reason}); lower the sizes, as --batch"
-    if isinstance(error, DataError):
-        return f"error: {error}"
     raise error  # a bug of this program: the traceback helps to find it
 
 

@@ -918,6 +918,13 @@ def test_wrong_flags_are_one_sentence(capsys, flags, words):
     assert stop.value.code == 2 and words in err and err.count("\n") == 1
 
 
+def test_too_little_memory_is_one_sentence_and_a_bug_is_not_hidden(world, capsys):
+    sizes = ["--codebook-size", "900000000", "--code-dim", "99999"]
+    assert "not enough memory" in run(capsys, *sizes, expect=1).err
+    with pytest.raises(RuntimeError, match="a bug"):
+        datasets.explain(RuntimeError("a bug"))
+
+
 @pytest.mark.parametrize("stage", ["codes", "sasrec", "sft", "tb"])
 def test_ctrl_c_in_any_stage_loses_nothing(world, capsys, monkeypatch, stage):
     fit = g.fit
