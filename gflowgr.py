@@ -925,22 +925,21 @@ def train_generator(run: Run, stage: str, catalogue: Catalogue, sasrec: SASRec, 
     return datasets.load_state(model, run.stage(stage, build)["state"], run.folder(stage))
 
 
-PAPER_R10 = {("beauty", "sft"): 0.0558, ("beauty", "tb"): 0.0651,      # Table 1, TIGER
-             ("yelp", "sft"): 0.0334, ("yelp", "tb"): 0.0404}
+PAPER_R10 = {("beauty", "SFT"): 0.0558, ("beauty", "then tb"): 0.0651,     # Table 1, TIGER
+             ("yelp", "SFT"): 0.0334, ("yelp", "then tb"): 0.0404}
 
 
 def results_table(run: Run) -> str:
     """Test metrics of popularity, SASRec, SFT and the method; the paper's R@10 of its Table 1 (TIGER)."""
     top = datasets.top(datasets.popularity(run.data)[None], 20)
     target = run.data.items[run.data.offsets[1:] - 1]
-    rows = [("popularity", ranking_metrics(top.expand(len(target), -1), target), {}, ""),
-            ("SASRec", run.results["sasrec"]["test"], run.results["sasrec"], ""),
-            ("SFT", run.results["sft"]["test"], run.results["sft"], "sft"),
-            (f"then {run.cfg.loss}", run.results["finetune"]["test"], run.results["finetune"], run.cfg.loss)]
+    rows = [("popularity", ranking_metrics(top.expand(len(target), -1), target), {})]
+    rows += [(label, run.results[stage]["test"], run.results[stage]) for label, stage in
+             (("SASRec", "sasrec"), ("SFT", "sft"), (f"then {run.cfg.loss}", "finetune"))]
     names = list(rows[1][1])
     table = [["test", *names, "valid R@10", "paper R@10", "seconds"]]
-    for label, test, result, method in rows:
-        paper = PAPER_R10.get((run.cfg.dataset, method))
+    for label, test, result in rows:
+        paper = PAPER_R10.get((run.cfg.dataset, label))
         cells = [test.get(name) for name in names] + [result.get("valid", {}).get("R@10"), paper]
         table.append([label, *("" if value is None else f"{value:.4f}" for value in cells),
                       f"{result['seconds']:.0f}" if result else ""])
