@@ -49,8 +49,7 @@ def knob(default, group: str, text: str, choices: tuple = (), below: float = 1e9
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting, once. [paper]: as the paper, or TIGER and LETTER that it builds on, have it; [ours]: they
-    leave it open, or we differ."""
+    """Every setting, once. [paper]: as the paper, TIGER or LETTER has it; [ours]: left open, or we differ."""
     dataset: str = knob("toy", "data", "toy, beauty, yelp, instruments, or a folder of your own")
     seed: int = knob(42, "data", "fixes every random choice: on a CPU two runs print the same table")
 

@@ -876,7 +876,7 @@ def test_a_catalogue_of_fewer_items_than_a_list_is_ranked_whole(world, capsys):
     (own / "Own.item.json").write_text(json.dumps({str(i): {"title": f"thing {i % 4}"} for i in range(12)}))
     sequences = {str(u): [(u + 5 * i) % 12 for i in range(5)] for u in range(9)}
     (own / "Own.inter.json").write_text(json.dumps(sequences))
-    flags = ["--dataset", str(own), "--max-history", "3", "--k", "2"]
+    flags = ["--dataset", str(own), "--max-history", "3", "--sasrec-length", "2", "--k", "2"]
     assert [row[4] for row in table(run(capsys, *flags).out)[:2]] == ["1.0000", "1.0000"]      # R@20
     (own / "Own.inter.json").write_text('{"0": [0, 1, 2]}')
     assert "no user has the 4 interactions" in run(capsys, *flags, expect=1).err
