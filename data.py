@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -34,7 +35,7 @@ import urllib.request
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 import numpy as np
 import torch
@@ -306,6 +307,16 @@ def split(data: Data, max_history: int = 20) -> dict[str, Examples]:
             for part, end in ends.items()}
 
 
+def length_batches(lengths: torch.Tensor, batch: int, steps: int) -> Iterator[torch.Tensor]:
+    """Rows (B,) of `steps` batches, each of histories of almost equal length, so that little is padded. Which
+    rows of a length go together, and in which order the batches come, changes every epoch."""
+    while steps > 0:
+        chunks = torch.argsort(lengths + torch.rand(len(lengths), device=lengths.device)).split(batch)
+        for i in torch.randperm(len(chunks))[:steps].tolist():
+            yield chunks[i]
+        steps -= len(chunks)
+
+
 def top(scores: torch.Tensor, k: int) -> torch.Tensor:
     """The k best items by scores (.., N), best first: ids (.., k), filled up with N where N < k."""
     n_items = scores.shape[-1]
@@ -356,6 +367,20 @@ def text_vectors(texts: list[str], dim: int, seed: int = 42) -> torch.Tensor:
     return vectors / vectors.square().mean().sqrt().clamp(min=1e-12)
 
 
+def principal_vectors(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """The first principal components of rows (N, d) -> (N, dim), mean square 1, zeros where dim > d."""
+    left, scale, _ = torch.linalg.svd((x - x.mean(0)).float(), full_matrices=False)
+    x = torch.nn.functional.pad(left * scale, (0, max(0, dim - left.shape[1])))[:, :dim]
+    return x / x.square().mean().sqrt().clamp(min=1e-12)
+
+
+def item_vectors(cfg, data: Data) -> torch.Tensor:
+    """Item vectors (N, d): the file that --item-vectors names, else made from the text."""
+    if cfg.item_vectors:
+        return read_vectors(Path(cfg.item_vectors), data.n_items)
+    return text_vectors(data.texts, cfg.vector_dim, cfg.seed)
+
+
 def read_vectors(path: Path, n_items: int) -> torch.Tensor:
     """A user's own item vectors (N, d) from a .npy file, rows by item id. Raises DataError."""
     try:
@@ -399,17 +424,63 @@ def read_codes(path: Path, n_items: int) -> torch.Tensor:
 
 # -------------------------------------------------------------------------------------------- kept results
 
-class Stages:
-    """The stages of a run, each done once and then kept in a folder RUNS/DATASET/STAGE-HASH.
+def compute_type(device: torch.device, wanted: str) -> torch.dtype:
+    """The type of the matrix products: what is wanted, else bf16 where the processor has it, else fp16 on
+    CUDA and float32 on a CPU. Raises DataError for fp16 on a CPU."""
+    if wanted == "fp16" and device.type == "cpu":
+        raise DataError("--precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    if wanted != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[wanted]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    with contextlib.suppress(OSError):          # only Linux tells; float32 is right everywhere
+        if re.search(r"\b(amx_bf16|avx512_bf16)\b", Path("/proc/cpuinfo").read_text()):
+            return torch.bfloat16
+    return torch.float32
+
+
+class Run:
+    """One command: its settings, device, data, and its stages, each done once and then kept in a folder
+    RUNS/DATASET/STAGE-HASH.
 
     The hash is made of just those settings and inputs that the stage depends on, so a change of one setting
     does only those stages again that it can change. cfg: a dataclass, its fields' metadata name a "group";
     needs: stage -> groups. A folder holds config.json, metrics.jsonl and checkpoint.pt.
     """
 
-    def __init__(self, cfg, needs: dict[str, tuple[str, ...]], data: Data):
-        self.cfg, self.needs, self.results = cfg, needs, {}
-        self.root, self.fingerprint = Path(cfg.runs_dir) / data.name, data.fingerprint
+    def __init__(self, cfg, needs: dict[str, tuple[str, ...]]):
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device):
+            raise DataError(f"--device {cfg.device} is not auto, cpu, cuda or cuda:N")
+        if cfg.device.startswith("cuda") and int(cfg.device[5:] or 0) >= torch.cuda.device_count():
+            raise DataError(f"--device {cfg.device}: torch sees no such device; use --device cpu")
+        self.device = torch.device(cfg.device if cfg.device != "auto"
+                                   else "cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = compute_type(self.device, cfg.precision)
+        self.cfg = dataclasses.replace(cfg, precision=str(self.dtype)[6:],
+                                       item_vectors="" if cfg.codes else cfg.item_vectors)
+        self.data = data = load(cfg.dataset, Path(cfg.data_dir), cfg.seed)
+        if data.offsets.diff().max() < 4:
+            raise DataError(f"{data.name}: no user has the 4 interactions that a training pair needs")
+        self.parts = {part: pairs.to(self.device) for part, pairs in split(data, cfg.max_history).items()}
+        order = torch.randperm(data.n_users, generator=torch.Generator().manual_seed(cfg.seed))
+        self.valid_rows = order[:cfg.valid_users].sort().values.to(self.device)
+        self.needs, self.results = needs, {}
+        print(f"{data.name}: {data.n_users:,} users, {data.n_items:,} items, {len(self.parts['train']):,} "
+              f"training pairs; {self.device}, {self.cfg.precision}, seed {cfg.seed}", flush=True)
+
+    @torch.no_grad()
+    def recommended(self, model: torch.nn.Module, recommend: Callable, part: str,
+                    rows: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a model recommends to the users of a part, `rows` of them or all: item ids (U, W), best first,
+        by recommend(histories (B, T)); and the items (U,) that they took."""
+        examples, found = self.parts[part], []
+        rows = torch.arange(len(examples), device=self.device) if rows is None else rows
+        order = torch.argsort((examples.end - examples.start)[rows], stable=True)   # alike lengths together
+        model.eval()
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            for chunk in tqdm(rows[order].split(256), desc=f"scoring: {part}", disable=None, leave=False):
+                found.append(recommend(examples.batch(chunk)[0]))
+        return torch.cat(found)[torch.argsort(order)], examples.items[examples.end[rows]]
 
     def settings(self, stage: str) -> dict:
         """The settings that a stage depends on, by name."""
@@ -418,12 +489,13 @@ class Stages:
 
     def folder(self, stage: str) -> Path:
         """Where a stage is kept. Of the files that settings name, the content counts, not the path."""
-        settings = {**self.settings(stage), "dataset": self.fingerprint}
+        settings = {**self.settings(stage), "dataset": self.data.fingerprint}
         for name in ("item_vectors", "codes"):
             if settings.get(name):
                 settings[name] = git_blob_id(Path(settings[name]).read_bytes())
         key = hashlib.sha1(json.dumps(settings).encode()).hexdigest()[:10]
-        return self.root / f"{self.cfg.loss if stage == 'finetune' else stage}-{key}"
+        label = self.cfg.loss if stage == "finetune" else stage
+        return Path(self.cfg.runs_dir) / self.data.name / f"{label}-{key}"
 
     def stage(self, stage: str, build: Callable[[Callable[[dict], None]], dict]) -> dict:
         """The result of build(log), seeded and timed, or what an earlier run kept of it. Raises DataError."""
@@ -452,7 +524,7 @@ def keep(folder: Path, settings: dict, build: Callable[[Callable[[dict], None]],
             lines.flush()
         result = {**build(log), "of": folder.name}
         result["seconds"] = time.perf_counter() - started
-        log({name: value for name, value in result.items() if name in ("valid", "test", "figures")})
+        log({name: value for name, value in result.items() if name in ("valid", "test")})
     buffer = io.BytesIO()
     torch.save(result, buffer)
     write_atomically(path, buffer.getvalue())
@@ -483,6 +555,228 @@ def load_state(model: torch.nn.Module, state: dict, folder: Path) -> torch.nn.Mo
     return model.eval()
 
 
+class Progress:
+    """How a training goes: a bar on a terminal, plain lines elsewhere, and entries of metrics.jsonl."""
+
+    def __init__(self, title: str, steps: int, log: Callable[[dict], None]):
+        self.title, self.steps, self.log, self.latest = title, steps, log, {}
+        self.bar = tqdm(desc=title, total=steps, unit="step", disable=None, leave=False)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bar.close()
+
+    def report(self, step: int, batch: int, loss: float, metrics: dict[str, float]) -> None:
+        """After a step of `batch` rows: its loss and, where the model was validated, its metrics."""
+        self.log({"step": step, "loss": loss, **metrics})
+        if metrics:
+            self.latest = {"valid N@10": f"{metrics['N@10']:.4f}"}
+            if self.bar.disable:                                                    # piped output has no bar
+                print(f"  {self.title} step {step:,} of {self.steps:,}: loss {loss:.3f}, "
+                      f"valid N@10 {metrics['N@10']:.4f}", flush=True)
+        speed = f"{step * batch / max(self.bar.format_dict['elapsed'], 1e-9):,.0f}"
+        self.bar.set_postfix({"loss": f"{loss:.3f}", "rows/s": speed, **self.latest})
+
+
+# ----------------------------------------------------------------------------------------- results to read
+
+PAPER_R10 = {("Beauty", "tiger", "SFT"): 0.0558, ("Beauty", "tiger", "tb"): 0.0651,     # its Table 1
+             ("Yelp", "tiger", "SFT"): 0.0334, ("Yelp", "tiger", "tb"): 0.0404}
+
+
+@torch.no_grad()
+def code_figures(codes: torch.Tensor, vectors: torch.Tensor, neighbours: int = 10,
+                 probes: int = 4096) -> str:
+    """What codes (N, L) are like, as a line: the share of each codebook that items have; the collision rate,
+    1 - distinct rows / N; and the mean share of codes that an item has in common with each of its nearest
+    items by the cosine of SASRec's vectors (N, d), over at most `probes` items."""
+    unit, overlap = torch.nn.functional.normalize(vectors.float()), []
+    rows = torch.linspace(0, len(codes) - 1, min(probes, len(codes)), device=codes.device).long()
+    for row in rows.split(512):
+        likeness = (unit[row] @ unit.T).scatter(1, row[:, None], -torch.inf)
+        near = likeness.topk(min(neighbours, len(codes) - 1)).indices
+        overlap.append((codes[near] == codes[row][:, None]).float().mean((1, 2)))
+    usage = ", ".join(f"{len(column.unique()) / (int(column.max()) + 1):.0%}" for column in codes.T)
+    collisions = 1 - len(codes.unique(dim=0)) / len(codes)
+    return (f"{'':10}codes: usage {usage}; collision rate {collisions:.3f}; overlap with the {neighbours} "
+            f"nearest items of SASRec {torch.cat(overlap).mean():.3f}")
+
+
+def diversity(recommended: torch.Tensor, r_cs: torch.Tensor, data: Data) -> dict[str, float]:
+    """How varied the top 10 of all users are (Section 4.5): recommended (U, W) item ids, best first, and the
+    collaborative scores r_cs (U, 10) of the first ten.
+
+    coverage: the share of the catalogue that anybody is recommended. KL, in nats: of the distribution of
+    recommended items against the uniform one over the catalogue; 0 where all come equally often. std: of that
+    distribution's probabilities, times N. r_cs: the mean over all, and the means over users of each list's
+    range and standard deviation. rank: the mean popularity rank, 1 for the most popular item of the training.
+    """
+    top_items = recommended[:, :10].flatten().long().cpu()
+    count = torch.bincount(top_items, minlength=data.n_items + 1)[:data.n_items]
+    share = count.double() / count.sum()
+    rank = 1 + popularity(data).argsort(descending=True, stable=True).argsort()
+    return {"coverage": (count > 0).double().mean().item(),
+            "KL": torch.special.xlogy(share, share * data.n_items).sum().item(),
+            "std": (share * data.n_items).std(correction=0).item(), "r_cs mean": r_cs.mean().item(),
+            "r_cs range": (r_cs.amax(1) - r_cs.amin(1)).mean().item(),
+            "r_cs std": r_cs.std(1, correction=0).mean().item(), "rank": (share * rank).sum().item()}
+
+
+def results(run: Run, metrics: Callable) -> dict[str, dict]:
+    """What the stages of a run recommend to the test users, and popularity beside it, with their metrics."""
+    popular = top(popularity(run.data)[None], 20).expand(run.data.n_users, -1)
+    test = metrics(popular, run.data.items[run.data.offsets[1:] - 1])
+    if run.data.liked is not None:
+        test["liked"] = liked_unseen(popular, run.data)
+    return {"popularity": {"test": test, "top": popular}, "SASRec": run.results["sasrec"],
+            "SFT": run.results["sft"], f"then {run.cfg.loss}": run.results["finetune"]}
+
+
+def results_table(run: Run, results: dict[str, dict]) -> str:
+    """The test metrics of each result side by side, the paper's R@10 where there is one, and the time."""
+    names = list(results["popularity"]["test"])
+    table = [["test", *names, "valid R@10", "paper R@10", "seconds"]]
+    for label, result in results.items():
+        paper = PAPER_R10.get((run.data.name, run.cfg.backbone, label.removeprefix("then ")))
+        cells = [result["test"].get(name) for name in names] + [result.get("valid", {}).get("R@10"), paper]
+        table.append([label, *("" if value is None else f"{value:.4f}" for value in cells),
+                      f"{result['seconds']:.0f}" if "seconds" in result else ""])
+    return aligned(table)
+
+
+def diversity_table(run: Run, results: dict[str, dict], scores: Callable, r_cs: Callable) -> str:
+    """`diversity` of each result's lists of the test users. scores: histories (B, T) -> every item's
+    collaborative score (B, N); r_cs: those and items (B, M) -> the items' collaborative rewards (B, M)."""
+    lists = [result["top"][:, :10].long() for result in results.values()]
+    together, examples = torch.cat(lists, 1).clamp(max=run.data.n_items - 1).to(run.device), run.parts["test"]
+    found = torch.cat([r_cs(scores(examples.batch(rows)[0]), together[rows]).cpu()
+                       for rows in torch.arange(len(examples), device=run.device).split(256)])
+    figures = [diversity(items, part, run.data)
+               for items, part in zip(lists, found.split([items.shape[1] for items in lists], 1))]
+    rows = [[label, *(f"{value:.4g}" for value in row.values())] for label, row in zip(results, figures)]
+    return aligned([["top 10", *figures[0]], *rows])
+
+
+def case_studies(run: Run, results: dict[str, dict], n: int) -> str:
+    """For n random test users: what they took, what came next, and the top 10 of the last two results side by
+    side. A * marks what only the last one found, => the true next item."""
+    titles = [title or f"item {i}" for i, title in enumerate(run.data.titles)] + ["-"]
+    (left, before), (right, after) = list(results.items())[-2:]
+    generator, lines = torch.Generator().manual_seed(run.cfg.seed), []
+    for user in torch.randperm(run.data.n_users, generator=generator)[:n].tolist():
+        sequence = run.data.items[run.data.offsets[user]:run.data.offsets[user + 1]].tolist()
+        history = sequence[-1 - run.cfg.max_history:-1]
+        lines += [f"user {user}", *(f"   {titles[item][:90]}" for item in history),
+                  f"=> {titles[sequence[-1]][:90]}", f"   {left:<44}   {right}"]
+        lists = before["top"][user, :10].tolist(), after["top"][user, :10].tolist()
+        for pair in zip(*lists):
+            marks = ["=>" if item == sequence[-1] else "  " for item in pair]
+            marks[1] = "*" + marks[1][1:] if pair[1] not in lists[0] and marks[1] != "=>" else marks[1]
+            lines.append(f"{marks[0]} {titles[pair[0]][:44]:<44}{marks[1]} {titles[pair[1]][:44]}")
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+class Finished(NamedTuple):
+    """A trained model that is kept, as its folder tells of it."""
+    dataset: str        # the folder's name
+    label: str          # SASRec, SFT, or the fine-tuning method
+    config: dict        # the settings that it depends on
+    common: dict        # those of them that are not the default and no ablation
+    variant: dict       # those that are an ablation
+    test: dict          # its metrics on the test users
+
+
+VARIANTS = [{}, *({"reward": parts} for parts in ("aug", "cf", "sim", "aug,cf", "aug,sim", "cf,sim")),
+            {"sampler": "random"}, {"sampler": "none"}, {"confidence": False}]      # of the paper's Table 2
+
+
+def finished(runs: Path, settings: type, presets: dict[str, dict]) -> list[Finished]:
+    """All trained models that are kept under `runs`, in the order of their folders' names."""
+    models, ablated = [], ("reward", "sampler", "confidence", "k", "lam", "z")
+    for path in sorted(runs.glob("*/*/checkpoint.pt")):
+        last = path.with_name("metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1:]
+        if not last or '"test"' not in last[0]:
+            continue
+        config = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
+        default = {f.name: f.default for f in dataclasses.fields(settings)}
+        default.update(presets.get(config["dataset"], {}))
+        changed = {name: value for name, value in config.items() if value != default.get(name)
+                   and name not in ("dataset", "seed", "loss", "backbone", "precision")}
+        label = config.get("loss") or {"sasrec": "SASRec", "sft": "SFT"}[path.parent.name.split("-")[0]]
+        models.append(Finished(path.parts[-3], label, config,
+                               {name: value for name, value in changed.items() if name not in ablated},
+                               {name: value for name, value in changed.items() if name in ablated},
+                               json.loads(last[0])["test"]))
+    return models
+
+
+def flags(changed: dict) -> str:
+    """Settings as they are typed."""
+    return " ".join(f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+                    + ("" if isinstance(value, bool) else f" {value}") for name, value in changed.items())
+
+
+def cells(models: list[Finished], names: tuple[str, ...], paper: float | None = None) -> list[str]:
+    """Mean and standard deviation of metrics over models that differ in their seed, the paper's R@10 in
+    brackets, and how many they are."""
+    texts = []
+    for name in names:
+        values = [model.test[name] for model in models]
+        spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+        texts.append((f"{np.mean(values):.4f}{spread}" if values else "")
+                     + (f" [{paper:.4f}]" if paper and name == "R@10" else ""))
+    return [*texts, str(len(models) or "")]
+
+
+def markdown(table: list[list[str]]) -> list[str]:
+    """Rows of cells, the first of them the head, as the lines of a Markdown table."""
+    return ["| " + " | ".join(row) + " |" for row in [table[0], ["---"] * len(table[0]), *table[1:]]] + [""]
+
+
+def tables(dataset: str, models: list[Finished], losses: tuple[str, ...]) -> list[str]:
+    """Lines of the paper's two tables, from models that differ in backbone, method, ablation and seed."""
+    def find(backbone: str, label: str, variant: dict) -> list[Finished]:
+        return [model for model in models if (model.label, model.variant) == (label, variant)
+                and model.config.get("backbone", backbone) == backbone]
+
+    names, backbones = ("R@5", "R@10", "N@5", "N@10"), ("tiger", "letter")
+    first = [["--backbone", "--loss", *names, "n"], ["", "SASRec", *cells(find("", "SASRec", {}), names)]]
+    first += [[backbone, label, *cells(find(backbone, label, {}), names,
+                                       PAPER_R10.get((dataset, backbone, label)))]
+              for backbone in backbones for label in ("SFT", *losses)]
+    columns = [(backbone, loss) for backbone in backbones for loss in ("db", "tb")]
+    second = [["ablation", *(head for column in columns
+                             for head in (f"{' '.join(column)} R@10", "N@10", "n"))]]
+    others = [model.variant for model in models if model.variant not in VARIANTS]
+    for variant in [*VARIANTS, *(other for i, other in enumerate(others) if other not in others[:i])]:
+        row = [cells(find(*column, variant), ("R@10", "N@10")) for column in columns]
+        second.append([f"`{flags(variant)}`" if variant else "none", *itertools.chain.from_iterable(row)])
+    return ["Table 1", "", *markdown(first), "Table 2", "", *markdown(second)]
+
+
+def report(runs: Path, settings: type, presets: dict[str, dict]) -> str:
+    """The paper's Tables 1 and 2 as Markdown, from what is kept under `runs`: for each dataset, and each set
+    of further flags that was tried on it, mean ± standard deviation over the seeds, the paper's figure in
+    brackets, and empty cells where nothing was run. Raises DataError where nothing is kept."""
+    models, lines = finished(runs, settings, presets), []
+    if not models:
+        raise DataError(f"{runs} holds no finished training; train first, or name another --runs-dir")
+    losses = next(f.metadata["choices"] for f in dataclasses.fields(settings) if f.name == "loss")
+    shown = []
+    for model in sorted(models, key=lambda model: model.label in ("SASRec", "SFT")):   # these also stand with others
+        if model in shown or model.label == "SASRec":
+            continue
+        members = [other for other in models if other.dataset == model.dataset and other.common == {
+            name: value for name, value in model.common.items() if name in other.config}]
+        command = f"python gflowgr.py --dataset {model.config['dataset']} {flags(model.common)}".strip()
+        lines += [f"## {model.dataset}: `{command} ..`", "", *tables(model.dataset, members, losses)]
+        shown += members
+    return "\n".join(lines).rstrip()
+
+
 # -------------------------------------------------------------------------------------------- command line
 
 class Parser(argparse.ArgumentParser):
@@ -497,7 +791,7 @@ class Parser(argparse.ArgumentParser):
 def command_line(settings: type, presets: dict[str, dict], argv: list[str] | None, prog: str, about: str):
     """An instance of the dataclass `settings` from the command line: one flag for each field, whose metadata
     hold "help", "group", "choices" and "below"; presets are other defaults for a --dataset. Numbers must be 0
-    or more, integers but the seed 1 or more."""
+    or more, integers but the seed 1 or more, unless their default is 0."""
     fields = {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(settings)}
     parser = Parser(prog=prog, usage=f"python {prog} [--SETTING VALUE ...]", description=about,
                     allow_abbrev=False)
@@ -513,7 +807,7 @@ def command_line(settings: type, presets: dict[str, dict], argv: list[str] | Non
     parser.set_defaults(**presets.get(parser.parse_args(argv).dataset, {}))
     values = vars(parser.parse_args(argv))
     for flag, f in fields.items():
-        value, low = values[f.name], 1 if type(f.default) is int and f.name != "seed" else 0
+        value, low = values[f.name], 1 if type(f.default) is int and f.default and f.name != "seed" else 0
         if type(f.default) in (int, float) and not low <= value < f.metadata["below"]:
             parser.error(f"{flag} {value} must be at least {low} and below {f.metadata['below']:g}")
     return settings(**values)
@@ -530,6 +824,20 @@ def explain(error: Exception) -> str:
         reason = str(error).strip().splitlines()[-1][:150] if str(error) else "out of memory"
         return f"error: not enough memory ({reason}); lower the sizes, as --batch"
     raise error  # a bug of this program: the traceback helps to find it
+
+
+def guarded(command: Callable[[], str]) -> int:
+    """Run a command, print what it returns or one sentence of what went wrong; returns the exit code: 0, 1
+    for bad input, 130 for Ctrl-C."""
+    try:
+        print(command())
+        return 0
+    except (DataError, OSError, MemoryError, RuntimeError) as error:
+        print(explain(error), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped: what was finished is kept, the same command goes on after it", file=sys.stderr)
+        return 130
 
 
 def aligned(table: list[list[str]]) -> str:
@@ -554,15 +862,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("dataset", help=f"toy, {', '.join(DATASETS)}, or the path of a folder of your own")
     parser.add_argument("--data-dir", type=Path, default="data", help="where NAME/ lies (default: data)")
     args = parser.parse_args(argv)
-    try:
-        print(describe(load(args.dataset, args.data_dir)))
-        return 0
-    except (DataError, OSError) as error:
-        print(explain(error), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; nothing half-written was left behind", file=sys.stderr)
-        return 130
+    return guarded(lambda: describe(load(args.dataset, args.data_dir)))
 
 
 if __name__ == "__main__":

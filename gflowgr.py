@@ -22,10 +22,9 @@ state has one parent, so log P_B = 0, and P_F(s_l | s_{l-1}) is the generator's 
 """
 from __future__ import annotations
 
-import contextlib
+import copy
 import dataclasses
 import math
-import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,13 +33,12 @@ from typing import Callable, Iterator, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import data as datasets
-from data import DataError
+from data import DataError, Run
+
 
 # ============================================================================================= 1. settings
-
 
 def knob(default, group: str, text: str, choices: tuple = (), below: float = 1e9):
     """One setting: its default, the group of settings it belongs to, its meaning, and what it may be."""
@@ -56,19 +54,22 @@ class Config:
     item_vectors: str = knob("", "vectors", "a .npy file of your own item vectors, not TF-IDF + SVD")
     vector_dim: int = knob(128, "vectors", "dimensions of the TF-IDF + SVD item vectors [ours]")
 
+    backbone: str = knob("tiger", "codes", "TIGER's RQ-VAE, or LETTER's", ("tiger", "letter"))
     codes: str = knob("", "codes", "a NAME.index.json of ready codes (LETTER's format), not our RQ-VAE's")
     levels: int = knob(3, "codes", "codebooks; one more code makes each path unique [paper]", below=26)
     codebook_size: int = knob(256, "codes", "codes per level, C [paper]")
     code_dim: int = knob(32, "codes", "dimensions of a code vector [paper]")
     commitment: float = knob(0.25, "codes", "weight of the commitment loss [paper]")
     code_epochs: int = knob(250, "codes", "passes of the RQ-VAE over the items [ours]")
+    alignment: float = knob(0.02, "letter", "weight of LETTER's alignment with SASRec's item vectors [paper]")
+    even_codes: float = knob(1e-4, "letter", "weight of LETTER's diversity of codes [paper]")
+    temperature: float = knob(0.7, "letter", "of LETTER's softmax over codes, 0.7 to 1 [paper]")
 
     max_history: int = knob(20, "training", "items of a history that the models see [paper]")
     weight_decay: float = knob(0.01, "training", "decoupled weight decay of SASRec and the generator [ours]")
     evaluations: int = knob(8, "training", "how often a training is validated (NDCG@10) [ours]", below=1000)
     valid_users: int = knob(4000, "training", "users of these validations; at the end all count [ours]")
-    precision: str = knob("auto", "training", "of the matrix products; fp16 (CUDA) with gradient scaling",
-                          ("auto", "bf16", "fp16", "fp32"))
+    precision: str = knob("auto", "training", "of matrix products", ("auto", "bf16", "fp16", "fp32"))
 
     sasrec_dim: int = knob(128, "sasrec", "width of SASRec [ours]")
     sasrec_layers: int = knob(2, "sasrec", "layers of SASRec [ours]")
@@ -90,24 +91,34 @@ class Config:
     lr: float = knob(0.01, "sft", "peak rate of Adafactor, relative to a weight's size [ours]")
     sft_epochs: float = knob(10.0, "sft", "passes over the training pairs by SFT [ours]")
 
-    loss: str = knob("tb", "finetune", "fine-tuning method; sft goes on with SFT", ("sft", "db", "tb"))
+    loss: str = knob("tb", "finetune", "fine-tuning method; sft goes on with SFT",
+                     ("sft", "db", "tb", "dpo", "sdpo", "sprec", "ipa", "ppo", "grpo"))
     from_scratch: bool = knob(False, "finetune", "fine-tune an untrained generator, for both trainings' time")
     finetune_epochs: float = knob(3.0, "finetune", "length, in passes of SFT; costly steps are fewer [ours]")
     finetune_lr: float = knob(0.003, "finetune", "peak rate of Adafactor in the fine-tuning [ours]")
-    k: int = knob(4, "finetune", "augmented trajectories beside the observed one, K [ours]")
-    lam: float = knob(0.01, "finetune", "lambda of Eq. 7, the weight of the GFlowNet term [ours]")
-    sampler: str = knob("curriculum", "finetune", "augmented items: [paper], or two ablations",
-                        ("curriculum", "random", "none"))
-    hardness: float = knob(3.0, "finetune", "b: the curriculum's beta rises from -b to +b [ours]")
-    pool: int = knob(512, "finetune", "random items that the curriculum chooses from, per batch [ours]")
-    reward: str = knob("aug,cf,sim", "finetune", "parts of the reward, any of aug, cf, sim [paper]")
-    reward_floor: float = knob(0.01, "finetune", "smallest reward, so that its log is finite [ours]")
-    confidence: bool = knob(True, "finetune", "weight each trajectory by Eq. 8 [paper]")
-    z: str = knob("user", "finetune", "one Z for each user [ours], or a scalar [paper]", ("user", "scalar"))
+    lam: float = knob(0.01, "finetune", "lambda of Eq. 7, weight of what tb, db and ipa add to SFT [ours]")
+    pool: int = knob(512, "finetune", "random items that unclicked ones are chosen from, per batch [ours]")
+    reward: str = knob("aug,cf,sim", "reward", "parts of the reward [paper]",
+                       ("aug,cf,sim", "aug,cf", "aug,sim", "cf,sim", "aug", "cf", "sim"))
+    k: int = knob(4, "gflownet", "augmented trajectories beside the observed one, K [ours]")
+    sampler: str = knob("curriculum", "gflownet", "of augmented items", ("curriculum", "random", "none"))
+    hardness: float = knob(3.0, "gflownet", "b: the curriculum's beta rises from -b to +b [ours]")
+    confidence: bool = knob(True, "gflownet", "weight each trajectory by Eq. 8 [paper]")
+    z: str = knob("user", "gflownet", "one Z for each user [ours], or a scalar [paper]", ("user", "scalar"))
+    beta: float = knob(1.0, "preference", "beta of dpo, sdpo and ipa [paper]")
+    negatives: int = knob(3, "preference", "random negatives of sdpo [paper]")
+    sprec_beta: float = knob(0.1, "preference", "beta of sprec [paper]")
+    iterations: int = knob(5, "preference", "self-play iterations of sprec [paper]")
+    group: int = knob(16, "policy", "draws from the policy for each history, of ppo and grpo [paper]")
+    clip: float = knob(0.2, "policy", "how far the ratio of ppo and grpo may leave 1 [paper]")
+    kl: float = knob(1e-3, "policy", "weight of the KL to the reference in ppo and grpo [paper]")
 
     data_dir: str = knob("data", "run", "where the datasets lie")
     runs_dir: str = knob("runs", "run", "where every stage's result is kept")
     device: str = knob("auto", "run", "auto (CUDA where there is one), cpu or cuda")
+    diversity: bool = knob(False, "run", "also print how varied each top 10 is (Section 4.5)")
+    show: int = knob(0, "run", "also print the history and the top 10 of this many test users")
+    report: bool = knob(False, "run", "only print the paper's Tables 1 and 2 from what lies in runs/")
 
 
 PRESETS = {"toy": dict(levels=2, codebook_size=32, d_model=64, d_kv=16, d_ff=256, layers=2, batch=64,
@@ -115,7 +126,6 @@ PRESETS = {"toy": dict(levels=2, codebook_size=32, d_model=64, d_kv=16, d_ff=256
 
 
 # ================================================================================================ 2. codes
-
 
 class Quantised(NamedTuple):
     """What a residual quantiser says of a batch."""
@@ -128,15 +138,13 @@ class Quantised(NamedTuple):
 @torch.no_grad()
 def kmeans(points: Tensor, k: int, iterations: int = 20) -> Tensor:
     """Lloyd's algorithm: centres (k, d) of points (n, d). An empty cluster is put onto a random point."""
-    def random_points() -> Tensor:
-        return points[torch.randint(len(points), (k,), device=points.device)]
-
-    centres = random_points()                   # of two equal centres one stays empty, and so moves on
-    for _ in range(iterations):
+    centres = points[torch.randint(len(points), (k,), device=points.device)]
+    for _ in range(iterations):                     # of two equal centres one stays empty, and so moves on
         nearest = torch.cdist(points, centres).argmin(1)
         count = torch.bincount(nearest, minlength=k)[:, None]
         total = torch.zeros_like(centres).index_add_(0, nearest, points)
-        centres = torch.where(count > 0, total / count.clamp(min=1), random_points())
+        others = points[torch.randint(len(points), (k,), device=points.device)]
+        centres = torch.where(count > 0, total / count.clamp(min=1), others)
     return centres
 
 
@@ -156,15 +164,12 @@ class ResidualQuantiser(nn.Module):
             x = x - codebook[torch.cdist(x, codebook).argmin(1)]
 
     @torch.no_grad()
-    def restart_dead_codes(self, x: Tensor) -> int:
-        """Move each code that no row of x (n, d) uses to the residual of a random row; returns how many."""
+    def restart_dead_codes(self, x: Tensor) -> None:
+        """Move each code that no row of x (n, d) uses to the residual of a random row."""
         codes, _, _, residuals = self(x)
-        moved = 0
         for codebook, chosen, residual in zip(self.codebooks, codes.T, residuals):
             dead = torch.bincount(chosen, minlength=len(codebook)) == 0
             codebook[dead] = residual[torch.randint(len(x), (int(dead.sum()),), device=x.device)]
-            moved += int(dead.sum())
-        return moved
 
     def forward(self, x: Tensor) -> Quantised:
         """x (B, d) -> Quantised; its loss sums mse(sg(r), q) + commitment * mse(r, sg(q)) over levels."""
@@ -187,19 +192,45 @@ class RQVAE(nn.Module):
     def __init__(self, d_in: int, levels: int, size: int, dim: int, commitment: float = 0.25):
         super().__init__()
         widths = (d_in, 256, 128, dim)
-        self.encoder, self.decoder = self.mlp(widths), self.mlp(widths[::-1])
+        self.encoder, self.decoder = (nn.Sequential(*[
+            layer for pair in zip(w, w[1:]) for layer in (nn.Linear(*pair), nn.ReLU())][:-1])
+            for w in (widths, widths[::-1]))
         self.quantiser = ResidualQuantiser(levels, size, dim, commitment)
-
-    @staticmethod
-    def mlp(widths: tuple[int, ...]) -> nn.Sequential:
-        """Linear layers of these widths with ReLU between them."""
-        layers = [layer for i, o in zip(widths, widths[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
-        return nn.Sequential(*layers[:-1])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Quantised]:
         """x (B, d_in) -> loss (scalar): reconstruction + quantisation; and the quantised batch."""
         quantised = self.quantiser(self.encoder(x))
         return F.mse_loss(self.decoder(quantised.value), x) + quantised.loss, quantised
+
+
+def balanced_clusters(points: Tensor, n: int = 10) -> Tensor:
+    """k-means clusters of points (m, d), none with more than ceil(m / n) of them: (m,) int64. The nearest
+    pair of a point and a centre with room left goes first."""
+    n = min(n, len(points))
+    room, cluster = [math.ceil(len(points) / n)] * n, [-1] * len(points)
+    for pair in torch.cdist(points, kmeans(points, n)).flatten().argsort(stable=True).tolist():
+        point, centre = divmod(pair, n)
+        if cluster[point] < 0 < room[centre]:
+            cluster[point] = centre
+            room[centre] -= 1
+    return torch.tensor(cluster, device=points.device)
+
+
+def alignment_loss(value: Tensor, collaborative: Tensor) -> Tensor:
+    """LETTER's collaborative alignment: each quantised item (B, d) must find its own among the batch's frozen
+    collaborative vectors (B, d) by dot product -> scalar."""
+    return F.cross_entropy(value @ collaborative.detach().T, torch.arange(len(value), device=value.device))
+
+
+def even_codes_loss(codebook: Tensor, cluster: Tensor, codes: Tensor) -> Tensor:
+    """LETTER's diversity: pulls each chosen code to a random one of its cluster and pushes it off all others,
+    so that codes lie evenly and are used evenly -> scalar. codebook (C, d), cluster (C,), codes (B,)."""
+    own = F.one_hot(codes, len(codebook)).bool()                                    # (B, C)
+    partner = (cluster[codes][:, None] == cluster) & ~own
+    label = (torch.rand(own.shape, device=own.device) * partner).argmax(1)
+    label = label.masked_fill(~partner.any(1), -100)                                # alone: left out
+    logits = (codebook[codes] @ codebook.T).masked_fill(own, -torch.inf)
+    return F.cross_entropy(logits, label, reduction="sum") / len(codes)
 
 
 def unique_paths(codes: Tensor) -> Tensor:
@@ -213,7 +244,6 @@ def unique_paths(codes: Tensor) -> Tensor:
 
 
 # =============================================================================================== 3. SASRec
-
 
 class SASRec(nn.Module):
     """Self-attentive sequential recommendation: scores every item as the next (Kang and McAuley 2018)."""
@@ -262,7 +292,6 @@ class SASRec(nn.Module):
 
 # =================================================================================================== 4. T5
 
-
 class Dropout(nn.Module):
     """Dropout whose mask is a window, at a random place, of one long strip of masks, shared by all layers: on
     a CPU, drawing one random number per element costs more than the layer that it follows."""
@@ -274,23 +303,19 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0 or x.device.type != "cpu":
             return F.dropout(x, self.p, self.training)
-        size = max(1 << 24, 2 * x.numel())
         if len(self.strip) < 2 * x.numel() or self.strip.dtype != x.dtype:
+            size = max(1 << 24, 2 * x.numel())
             noise = torch.rand(size, generator=torch.Generator().manual_seed(size))
             self.strip = (noise >= self.p).to(x.dtype) / (1 - self.p)
         start = int(torch.randint(len(self.strip) - x.numel(), ()))
         return x * self.strip[start:start + x.numel()].view(x.shape)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight, in the type of x."""
 
-    def __init__(self, dim: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), 1e-6)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), 1e-6)
 
 
 def linear(d_in: int, d_out: int, std: float) -> nn.Linear:
@@ -382,9 +407,9 @@ class T5(nn.Module):
     of level l. Each level has tokens of its own, so what comes next is a choice among C codes."""
 
     def __init__(self, levels: int, n_codes: int, d_model=128, heads=4, d_kv=32, d_ff=512, layers=3,
-                 dropout=0.1):
+                 dropout=0.1, temperature=1.0):
         super().__init__()
-        self.levels, self.n_codes, self.d_model = levels, n_codes, d_model
+        self.levels, self.n_codes, self.scale = levels, n_codes, d_model ** -0.5 / temperature
         self.embedding = nn.Embedding(1 + levels * n_codes, d_model)
         self.dropout = Dropout(dropout)
         self.encoder, self.decoder = (nn.ModuleList(
@@ -395,8 +420,7 @@ class T5(nn.Module):
             nn.init.normal_(table.weight, std=d_model ** -0.5)
         self.encoder_norm, self.decoder_norm = RMSNorm(d_model), RMSNorm(d_model)
         self.flow = linear(d_model, 1, d_model ** -0.5)
-        self.scalar_z = nn.Parameter(torch.ones(()))    # log Z / 10 of all users, for --z scalar: near 1, so
-        #                                                 that an optimiser of relative steps can move it
+        self.scalar_z = nn.Parameter(torch.ones(()))    # log Z / 10 of all users: near 1, for relative steps
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens (..) -> (.., d). Under autocast the residual stream has autocast's type from here on."""
@@ -418,10 +442,8 @@ class T5(nn.Module):
 
     def decode(self, tokens: Tensor, memory: Memory, past: list | None = None) -> tuple[Tensor, list]:
         """Tokens (B, P, S) of P paths per history, the very first being 0 -> states (B, P, S, d), the cache.
-
-        State l is s_l: it has read y_1 .. y_l and predicts y_{l+1}. With the cache of the steps before as
-        `past`, S counts only the new ones.
-        """
+        State l is s_l: it has read y_1 .. y_l and predicts y_{l+1}. Behind `past`, the cache of earlier steps,
+        S counts new ones."""
         steps = tokens.shape[2]
         total = steps + (past[0][0].shape[2] if past else 0)
         x = self.embed(tokens).flatten(0, 1)                                        # (B * P, S, d)
@@ -435,25 +457,19 @@ class T5(nn.Module):
         return self.dropout(self.decoder_norm(x)).view(*tokens.shape, -1), cache
 
     def code_logits(self, state: Tensor, level: int) -> Tensor:
-        """States s_level (.., d) -> logits (.., C) of the next code, by T5's tied and scaled embeddings."""
+        """States s_level (.., d) -> logits (.., C) of the next code, by T5's tied and scaled embeddings, over
+        LETTER's temperature."""
         table = self.embedding.weight[1 + level * self.n_codes:1 + (level + 1) * self.n_codes]
-        return (state * self.d_model ** -0.5) @ table.T.to(state.dtype)
-
-    def log_flow(self, state: Tensor) -> Tensor:
-        """States (.., d) -> log F (..), float32."""
-        return self.flow(state).squeeze(-1).float()
+        return (state * self.scale) @ table.T.to(state.dtype)
 
 
 # ================================================================================================= 5. trie
-
 
 class Trie:
     """Which prefixes of codes are items: a tree in O(items) memory, its nodes numbered level by level.
 
     The children of node n are neighbours: first_child[n] .. first_child[n] + n_children[n] - 1, and code[c]
-    leads to child c. path[i], L + 1 nodes, leads from the root, node 0, to item i. With three items of codes
-    (0, 5), (2, 1), (0, 7) the root has the children 1 (code 0) and 2 (code 2), node 1 the leaves 3 (code 5)
-    and 4 (code 7), node 2 the leaf 5 (code 1), and the paths are (0, 1, 3), (0, 2, 5), (0, 1, 4).
+    leads to child c. path[i], L + 1 nodes, leads from the root, node 0, to item i.
     """
 
     def __init__(self, codes: Tensor):
@@ -481,10 +497,6 @@ class Trie:
         real = slot < self.n_children[node][..., None]
         return self.first_child[node][..., None] + slot * real, real    # the first one where there is none
 
-    def item(self, leaf: Tensor) -> Tensor:
-        """Nodes (..) of the last level -> item ids (..)."""
-        return self.leaf_item[leaf - self.first_leaf]
-
     def log_probs(self, logits: Tensor, node: Tensor, level: int) -> tuple[Tensor, Tensor]:
         """Logits (.., C) at nodes (..) -> children (.., width) and their log-probabilities, -inf if not real.
 
@@ -497,7 +509,6 @@ class Trie:
 
 
 # ========================================================================================= 6. trajectories
-
 
 class Catalogue(NamedTuple):
     """All items as paths of codes."""
@@ -513,13 +524,14 @@ class Catalogue(NamedTuple):
         tokens = 1 + codes + width * torch.arange(codes.shape[1], device=codes.device)
         return cls(codes, F.pad(tokens, (0, 0, 0, 1)), Trie(codes), semantic)
 
+    def read(self, model: T5, history: Tensor) -> Memory:
+        """Histories (B, T), read once by the generator's encoder."""
+        return model.encode(self.tokens[history].flatten(1))
 
-def path_log_probs(model: T5, catalogue: Catalogue, history: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
-    """How likely each step of the paths of items (B, P) is, given histories (B, T).
 
-    -> log_pf (B, P, L), [.., l] being log P_F(s_{l+1} | s_l), and log_flow (B, P, L) of s_0 .. s_{L-1}.
-    """
-    memory = model.encode(catalogue.tokens[history].flatten(1))
+def path_log_probs(model: T5, catalogue: Catalogue, memory: Memory, items: Tensor) -> tuple[Tensor, Tensor]:
+    """How likely each step of the paths of items (B, P) is, after histories that the encoder has read ->
+    log_pf (B, P, L), [.., l] being log P_F(s_{l+1} | s_l), and log_flow (B, P, L) of s_0 .. s_{L-1}."""
     state, _ = model.decode(F.pad(catalogue.tokens[items][..., :-1], (1, 0)), memory)
     path, log_pf = catalogue.trie.path[items], []
     for level in range(model.levels):
@@ -527,7 +539,7 @@ def path_log_probs(model: T5, catalogue: Catalogue, history: Tensor, items: Tens
         _, log_probs = catalogue.trie.log_probs(logits, node, level)
         slot = path[..., level + 1] - catalogue.trie.first_child[node]
         log_pf.append(log_probs.gather(-1, slot[..., None]).squeeze(-1))
-    return torch.stack(log_pf, -1), model.log_flow(state)
+    return torch.stack(log_pf, -1), model.flow(state).squeeze(-1).float()
 
 
 def curriculum_sample(scores: Tensor, pool: Tensor, exclude: Tensor, k: int, beta: float) -> Tensor:
@@ -543,32 +555,21 @@ def curriculum_sample(scores: Tensor, pool: Tensor, exclude: Tensor, k: int, bet
     return pool[(beta * z + gumbel).masked_fill(clicked, -torch.inf).topk(k).indices]
 
 
-@torch.no_grad()
-def trajectories(sasrec: SASRec, cfg: Config, history: Tensor, target: Tensor,
-                 progress: float) -> tuple[Tensor, Tensor]:
-    """The observed item, then K unclicked ones: ids (B, P), and their collaborative scores r_cs (B, P).
-
-    r_cs in [0, 1] is SASRec's score, min-max scaled over the catalogue for this user. [ours]
-    history (B, T), target (B,), progress of the training in [0, 1].
-    """
-    items, scores = target[:, None], sasrec.scores(history)                         # (B, 1), (B, N)
-    if cfg.sampler != "none":
-        pool = torch.randperm(scores.shape[1], device=scores.device)[:cfg.pool]
-        beta = cfg.hardness * (2 * progress - 1) if cfg.sampler == "curriculum" else 0.0
-        clicked = torch.cat([history, items], 1)
-        items = torch.cat([items, curriculum_sample(scores[:, pool], pool, clicked, cfg.k, beta)], 1)
-    low, high = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
-    return items, (scores.gather(1, items) - low) / (high - low).clamp(min=1e-6)
-
-
 # =============================================================================================== 7. reward
 
-
-def reward(r_aug: Tensor, r_cs: Tensor, r_sim: Tensor, parts: str = "aug,cf,sim") -> Tensor:
+def reward(r_aug: Tensor, r_cs: Tensor, r_sim: Tensor, parts: str = "aug,cf,sim", floor=0.01) -> Tensor:
     """R = r_aug + r_cs + r_sim (Section 3.2), each (B, P) in [0, 1]: was the item clicked, how does the
-    collaborative model score it, what share of its codes does it have in common with the clicked item."""
+    collaborative model score it, what share of its codes does it have in common with the clicked item.
+    [ours]: at least `floor`, so that its log is finite."""
     terms = {"aug": r_aug, "cf": r_cs, "sim": r_sim}
-    return sum(terms[part] for part in parts.split(","))
+    return sum(terms[part] for part in parts.split(",")).clamp(min=floor)
+
+
+def collaborative_score(scores: Tensor, items: Tensor) -> Tensor:
+    """r_cs in [0, 1] of items (B, P): the collaborative model's scores (B, N), min-max scaled over the
+    catalogue for each user. [ours]"""
+    low, high = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
+    return (scores.gather(1, items) - low) / (high - low).clamp(min=1e-6)
 
 
 def shared_codes(codes: Tensor) -> Tensor:
@@ -583,7 +584,6 @@ def confidence(r_aug: Tensor, r_cs: Tensor) -> Tensor:
 
 # =========================================================================================== 8. objectives
 
-
 def sft(log_pf: Tensor) -> Tensor:
     """Eq. 1: -sum_l log p(y_l | x, y_<l). log_pf (.., L) of observed paths -> (..)."""
     return -log_pf.sum(-1)
@@ -591,9 +591,7 @@ def sft(log_pf: Tensor) -> Tensor:
 
 def detailed_balance(log_pf: Tensor, log_flow: Tensor, log_reward: Tensor) -> Tensor:
     """Eq. 5: sum_l (log F(s_{l-1}) + log P_F(s_l | s_{l-1}) - log F(s_l))^2 with log F(s_L) = log R.
-
-    log_pf, log_flow (.., L), log_reward (..) -> (..).
-    """
+    log_pf, log_flow (.., L), log_reward (..) -> (..)."""
     flow_out = torch.cat([log_flow[..., 1:], log_reward[..., None]], -1)
     return (log_flow + log_pf - flow_out).square().sum(-1)
 
@@ -604,96 +602,172 @@ def trajectory_balance(log_pf: Tensor, log_flow: Tensor, log_reward: Tensor) -> 
     return (log_flow[..., 0] + log_pf.sum(-1) - log_reward).square()
 
 
+def dpo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """S-DPO (Chen et al. 2024): -log sigmoid(-logsumexp_j beta (D-_j - D+)), D = log p - log p_ref; with one
+    rejected path, DPO (Rafailov et al. 2023). chosen D+ (B,), rejected D- (B, K) -> (B,)."""
+    return -F.logsigmoid(-(beta * (rejected - chosen[:, None])).logsumexp(1))
+
+
+def ipa(margin: Tensor, reward: Tensor, beta: float) -> Tensor:
+    """IPA: DPO of the path of best reward against that of the worst. margin D, reward (B, P) -> (B,)."""
+    best, worst = reward.argmax(1, keepdim=True), reward.argmin(1, keepdim=True)
+    return dpo(margin.gather(1, best).squeeze(1), margin.gather(1, worst), beta)
+
+
+def clipped_loss(log_p: Tensor, log_old: Tensor, log_ref: Tensor, advantage: Tensor, clip: float,
+                 kl: float) -> Tensor:
+    """-min(r A, clip(r, 1 - e, 1 + e) A), r = p / p_old: nothing is gained by going further than e from
+    the policy that drew the paths (Schulman et al. 2017, Eq. 7); plus kl * (q - 1 - log q), q = p_ref / p, an
+    estimate of KL(p || p_ref) (Shao et al. 2024, Eq. 4). (B, P) each. [ours]: a path is one action."""
+    ratio, log_q = (log_p - log_old).exp(), log_ref - log_p
+    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    return kl * (log_q.exp() - 1 - log_q) - gain
+
+
+def ppo(log_p: Tensor, log_old: Tensor, log_ref: Tensor, reward: Tensor, value: Tensor, clip: float,
+        kl: float) -> Tensor:
+    """PPO: the advantage is R - V(x), whose square trains V. value (B,), the others (B, P) -> (B,)."""
+    error = reward - value[:, None]
+    return (clipped_loss(log_p, log_old, log_ref, error.detach(), clip, kl) + 0.5 * error.square()).mean(1)
+
+
+def grpo(log_p: Tensor, log_old: Tensor, log_ref: Tensor, reward: Tensor, clip: float, kl: float) -> Tensor:
+    """GRPO: the advantage is how many of its group's standard deviations a reward is above the group's mean.
+    (B, P) each -> (B,)."""
+    advantage = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, correction=0, keepdim=True) + 1e-4)
+    return clipped_loss(log_p, log_old, log_ref, advantage, clip, kl).mean(1)
+
+
+class Paths(NamedTuple):
+    """P paths for each history, the observed one first, and what an objective may ask of them."""
+    items: Tensor       # (B, P)
+    reward: Tensor      # (B, P) R
+    weight: Tensor      # (B, P) w of Eq. 8
+    log_old: Tensor | None      # (B, P - 1) log p of the drawn ones, by the policy that drew them
+    log_ref: Tensor | None      # (B, P) log p by the reference policy
+    log_pf: Tensor | None       # (B, P, L) log P_F of each step, by the generator in training
+    log_flow: Tensor | None     # (B, P, L) log F of s_0 .. s_{L-1}, by the same
+
+    def balance(self, objective: Callable) -> Tensor:
+        """The sum over paths of w * L_GFN -> (B,)."""
+        return (self.weight * objective(self.log_pf, self.log_flow, self.reward.log())).sum(1)
+
+    def margins(self) -> tuple[Tensor, Tensor]:
+        """D = log p - log p_ref of the observed path (B,), and of the others (B, P - 1)."""
+        margin = self.log_pf.sum(-1) - self.log_ref
+        return margin[:, 0], margin[:, 1:]
+
+    def drawn(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """log p, log p_old, log p_ref and R of the drawn paths, (B, P - 1) each."""
+        return self.log_pf[:, 1:].sum(-1), self.log_old, self.log_ref[:, 1:], self.reward[:, 1:]
+
+
 class Method(NamedTuple):
-    """A fine-tuning method: the objective on the trajectories, observed and augmented ones."""
-    objective: Callable | None  # (log_pf, log_flow, log_reward) -> (B, P) of the 1 + K paths, added to SFT
-    cost: float                 # time of its training step over SFT's, measured on two cores (README)
+    """A way of fine-tuning: where its trajectories come from x the objective put on them."""
+    source: str             # of the paths beside the observed one: none, curriculum, random, beam or draws
+    paths: str | int        # how many of them, or the setting that says so
+    groups: tuple           # of settings that it has; preference and policy also mean: it has a reference
+    cost: float             # time of its training step over SFT's, measured on two cores (README)
+    objective: Callable     # (Paths, Config) -> (B,)
 
 
 METHODS = {
-    "sft": Method(None, 1.0),
-    "db": Method(detailed_balance, 1.5),
-    "tb": Method(trajectory_balance, 1.5),
+    "sft": Method("none", 0, (), 1.0, lambda y, cfg: sft(y.log_pf[:, 0])),
+    "db": Method("curriculum", "k", ("reward", "gflownet"), 1.5,
+                 lambda y, cfg: sft(y.log_pf[:, 0]) + cfg.lam * y.balance(detailed_balance)),
+    "tb": Method("curriculum", "k", ("reward", "gflownet"), 1.5,
+                 lambda y, cfg: sft(y.log_pf[:, 0]) + cfg.lam * y.balance(trajectory_balance)),
+    "dpo": Method("random", 1, ("preference",), 1.5, lambda y, cfg: dpo(*y.margins(), cfg.beta)),
+    "sdpo": Method("random", "negatives", ("preference",), 1.5, lambda y, cfg: dpo(*y.margins(), cfg.beta)),
+    "sprec": Method("draws", 1, ("preference",), 1.5,           # left out: draws of the clicked item
+                    lambda y, cfg: (y.items[:, 0] != y.items[:, 1]) * dpo(*y.margins(), cfg.sprec_beta)),
+    "ipa": Method("beam", "beam", ("reward", "preference"), 2.0, lambda y, cfg:
+                  sft(y.log_pf[:, 0]) + cfg.lam * ipa(y.margins()[1], y.reward[:, 1:], cfg.beta)),
+    "ppo": Method("draws", "group", ("reward", "policy"), 2.0,                  # V(x): the flow head at s_0
+                  lambda y, cfg: ppo(*y.drawn(), y.log_flow[:, 0, 0], cfg.clip, cfg.kl)),
+    "grpo": Method("draws", "group", ("reward", "policy"), 2.0,
+                   lambda y, cfg: grpo(*y.drawn(), cfg.clip, cfg.kl)),
 }
 
 
-def method_loss(model: T5, sasrec: SASRec, catalogue: Catalogue, cfg: Config, history: Tensor, target: Tensor,
-                progress: float) -> Tensor:
-    """Eq. 7: L_SFT + lambda * sum over {observed, K augmented} of w * L_GFN, its mean over B -> scalar.
+class FineTuning:
+    """A method at work: the generator in training, the frozen models that it asks, and the catalogue."""
 
-    history (B, T), target (B,), progress in [0, 1]. No gradient reaches SASRec or the reward.
-    """
-    method = METHODS[cfg.loss]
-    if method.objective is None:
-        return sft(path_log_probs(model, catalogue, history, target[:, None])[0][:, 0]).mean()
-    items, r_cs = trajectories(sasrec, cfg, history, target, progress)              # (B, P)
-    r_aug = (items == target[:, None]).float()
-    r_sim = shared_codes(catalogue.codes[items][..., :catalogue.semantic])
-    log_reward = reward(r_aug, r_cs, r_sim, cfg.reward).clamp(min=cfg.reward_floor).log()
-    weight = confidence(r_aug, r_cs) if cfg.confidence else torch.ones_like(r_cs)
-    log_pf, log_flow = path_log_probs(model, catalogue, history, items)
-    log_z = 10 * model.scalar_z if cfg.z == "scalar" else log_flow[:, :1, :1]   # one, whatever dropout says
-    log_flow = torch.cat([log_z.expand_as(log_flow[..., :1]), log_flow[..., 1:]], -1)
-    balance = method.objective(log_pf, log_flow, log_reward)                        # (B, P)
-    return (sft(log_pf[:, 0]) + cfg.lam * (weight * balance).sum(1)).mean()
+    def __init__(self, model: T5, sasrec: SASRec, catalogue: Catalogue, cfg: Config):
+        self.model, self.sasrec, self.catalogue, self.cfg = model, sasrec, catalogue, cfg
+        self.old = self.reference = None            # the policy that draws paths; the policy as it began
+        if METHODS[cfg.loss].source not in ("none", "curriculum"):
+            self.old = copy.deepcopy(model).eval().requires_grad_(False)
+            self.reference = self.old if cfg.loss == "sprec" else copy.deepcopy(self.old)
+
+    def refresh(self, step: int, steps: int) -> None:
+        """After every 8 training steps, for sprec after an iteration: draw from the policy of now."""
+        times = self.cfg.iterations if self.cfg.loss == "sprec" else max(1, steps // 8)
+        if self.old is not None and step * times // steps > (step - 1) * times // steps:
+            self.old.load_state_dict(self.model.state_dict())
+
+    @torch.no_grad()
+    def trajectories(self, method: Method, history: Tensor, target: Tensor, progress: float) -> Paths:
+        """The observed items (B,) and those beside them, their reward, and what frozen policies say of them;
+        what a method has no use for is left empty. history (B, T), progress in [0, 1]."""
+        cfg, catalogue, n_items = self.cfg, self.catalogue, len(self.catalogue.codes)
+        source = cfg.sampler if method.source == "curriculum" else method.source
+        n = getattr(cfg, method.paths) if isinstance(method.paths, str) else method.paths
+        items, log_old, log_ref, rewarded = target[:, None], None, None, "reward" in method.groups
+        scores = self.sasrec.scores(history) if rewarded else items.float().expand(-1, n_items)
+        if source in ("curriculum", "random"):
+            pool = torch.randperm(n_items, device=target.device)[:cfg.pool]
+            beta = cfg.hardness * (2 * progress - 1) if source == "curriculum" else 0.0
+            clicked = torch.cat([history, items], 1)
+            items = torch.cat([items, curriculum_sample(scores[:, pool], pool, clicked, n, beta)], 1)
+        if source in ("beam", "draws"):                                             # see section 10
+            memory = catalogue.read(self.old, history)
+            drawn, log_old = beam_search(self.old, catalogue, memory, min(n, n_items), source == "draws")
+            items = torch.cat([items, drawn], 1)
+        if self.reference is not None and source != "none":
+            if self.old is not self.reference:
+                memory = catalogue.read(self.reference, history)
+            log_ref = path_log_probs(self.reference, catalogue, memory, items)[0].sum(-1)
+        r_aug = (items == target[:, None]).float()
+        r_cs = collaborative_score(scores, items) if rewarded else r_aug
+        r_sim = shared_codes(catalogue.codes[items][..., :catalogue.semantic])
+        weight = confidence(r_aug, r_cs) if cfg.confidence else torch.ones_like(r_cs)
+        return Paths(items, reward(r_aug, r_cs, r_sim, cfg.reward), weight, log_old, log_ref, None, None)
+
+    def loss(self, history: Tensor, target: Tensor, progress: float) -> Tensor:
+        """The method's loss, its mean over B -> scalar; Eq. 7 for tb and db. Gradients reach the model alone.
+        history (B, T), target (B,), progress in [0, 1]."""
+        model, cfg = self.model, self.cfg
+        fit_clicks = cfg.loss == "sprec" and progress * cfg.iterations % 1 < 0.5    # SFT, then DPO, in turn
+        method = METHODS["sft" if fit_clicks else cfg.loss]
+        paths = self.trajectories(method, history, target, progress)
+        if "policy" in method.groups:
+            model.eval()        # without dropout: the ratio of two policies must not be its noise
+        memory = self.catalogue.read(model, history)
+        log_pf, log_flow = path_log_probs(model, self.catalogue, memory, paths.items)
+        log_z = 10 * model.scalar_z if cfg.z == "scalar" else log_flow[:, :1, :1]   # one for all P paths
+        log_flow = torch.cat([log_z.expand_as(log_flow[..., :1]), log_flow[..., 1:]], -1)
+        return method.objective(paths._replace(log_pf=log_pf, log_flow=log_flow), cfg).mean()
 
 
 # ============================================================================================= 9. training
-
-
-def compute_type(device: torch.device, wanted: str) -> torch.dtype:
-    """The type of the matrix products: what is wanted, else bf16 where the processor has it, else fp16 on
-    CUDA and float32 on a CPU. Raises DataError for fp16 on a CPU."""
-    if wanted == "fp16" and device.type == "cpu":
-        raise DataError("--precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
-    if wanted != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[wanted]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    with contextlib.suppress(OSError):          # only Linux tells; float32 is right everywhere
-        if re.search(r"\b(amx_bf16|avx512_bf16)\b", Path("/proc/cpuinfo").read_text()):
-            return torch.bfloat16
-    return torch.float32
-
-
-def mixed_precision(device: torch.device, dtype: torch.dtype):
-    """Autocast of matrix products to `dtype`; weights, losses and the optimiser stay float32."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-def length_batches(lengths: Tensor, batch: int, steps: int) -> Iterator[Tensor]:
-    """Rows (B,) of `steps` batches, each of histories of almost equal length, so that little is padded. Which
-    rows of a length go together, and in which order the batches come, changes every epoch."""
-    while steps > 0:
-        chunks = torch.argsort(lengths + torch.rand(len(lengths), device=lengths.device)).split(batch)
-        for i in torch.randperm(len(chunks))[:steps].tolist():
-            yield chunks[i]
-        steps -= len(chunks)
-
-
-def schedule(progress: float, warmup: float = 0.05) -> float:
-    """Factor of the learning rate at progress in [0, 1]: a linear warm-up, then a cosine down to zero."""
-    return min(progress / warmup, 0.5 * (1 + math.cos(math.pi * progress)))
-
 
 def fit(model: nn.Module, title: str, loss_of: Callable, batches: Iterator[Tensor], steps: int,
         optimiser: torch.optim.Optimizer, log: Callable, dtype: torch.dtype = torch.float32,
         evaluations: int = 0, validate: Callable | None = None,
         after: Callable = lambda step: None) -> dict[str, Tensor]:
-    """Train any model of this file: the one loop for all of them.
-
-    loss_of(rows, progress) -> scalar; validate() -> metrics, of which N@10 chooses the state that is returned
-    (the last one without validation); after(step) runs behind every step. Raises DataError: loss not finite.
-    """
+    """The one loop that trains all models. loss_of(rows, progress) -> scalar; validate() -> metrics, whose
+    N@10 chooses the state to return (without it, the last); after(step) follows a step. Raises DataError."""
     device, peak = next(model.parameters()).device, optimiser.param_groups[0]["lr"]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     checks = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
-    best, best_score, metrics = None, -1.0, {}
-    with tqdm(desc=title, total=steps, unit="step", disable=None, leave=False) as bar:
+    best, best_score = None, -1.0
+    with datasets.Progress(title, steps, log) as progress:
         for step, rows in enumerate(batches, 1):
-            optimiser.param_groups[0]["lr"] = peak * schedule(step / steps)
+            warm_up, decay = 20 * step / steps, 0.5 * (1 + math.cos(math.pi * step / steps))
+            optimiser.param_groups[0]["lr"] = peak * min(warm_up, decay)
             model.train()
-            with mixed_precision(device, dtype):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):    # of matrix products
                 loss = loss_of(rows, step / steps)
             scaler.scale(loss).backward()
             scaler.unscale_(optimiser)
@@ -702,63 +776,51 @@ def fit(model: nn.Module, title: str, loss_of: Callable, batches: Iterator[Tenso
             scaler.update()
             optimiser.zero_grad(set_to_none=True)
             after(step)
-            if step in checks:
-                metrics = validate()
-                if metrics["N@10"] > best_score:
-                    best, best_score = copy_state(model), metrics["N@10"]
-            if step % 50 == 0 or step in checks or step == steps:       # not always: it waits for the device
+            metrics = validate() if step in checks else {}
+            if metrics and metrics["N@10"] > best_score:
+                best, best_score = copy.deepcopy(model.state_dict()), metrics["N@10"]
+            if step % 50 == 0 or metrics or step == steps:              # not always: it waits for the device
                 if not math.isfinite(value := loss.item()):
                     raise DataError(f"{title}: the loss is {value} at step {step}; lower rates or weights")
-                log({"step": step, "loss": value, **(metrics if step in checks else {})})
-                if bar.disable and step in checks:                              # piped output has no bar
-                    print(f"  {title} step {step:,} of {steps:,}: loss {value:.3f}, "
-                          f"valid N@10 {metrics['N@10']:.4f}", flush=True)
-                speed = f"{step * len(rows) / max(bar.format_dict['elapsed'], 1e-9):,.0f}"
-                latest = {"valid N@10": f"{metrics['N@10']:.4f}"} if metrics else {}
-                bar.set_postfix({"loss": f"{value:.3f}", "rows/s": speed, **latest})
-            bar.update()
-    return best or copy_state(model)
-
-
-def copy_state(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of a model's weights on the CPU."""
-    return {name: weight.detach().cpu().clone() for name, weight in model.state_dict().items()}
+                progress.report(step, len(rows), value, metrics)
+            progress.bar.update()
+    return best or copy.deepcopy(model.state_dict())
 
 
 # =================================================================================== 10. decoding, metrics
 
-
 @torch.no_grad()
-def beam_search(model: T5, catalogue: Catalogue, history: Tensor, beam: int) -> tuple[Tensor, Tensor]:
-    """The most likely items that W beams find for histories (B, T): ids (B, W), best first, and their log p.
-
-    All users and all beams step together. A beam walks along the trie, so it ends at an item; where the
-    catalogue has fewer items than beams, the rest of the row is N with -inf.
-    """
-    trie, users = catalogue.trie, torch.arange(len(history), device=history.device)[:, None]
-    memory = model.encode(catalogue.tokens[history].flatten(1))
-    token = node = torch.zeros_like(users)
-    score, past = torch.zeros(users.shape, device=history.device), None
+def beam_search(model: T5, catalogue: Catalogue, memory: Memory, beam: int,
+                draws: bool = False) -> tuple[Tensor, Tensor]:
+    """The most likely items (B, W) that W beams find after histories that the encoder has read, best first,
+    and their log p; or W independent draws. All users and all beams step together along the trie, so each
+    ends at an item; where the catalogue has fewer items than beams, the rest of the row is N with -inf."""
+    trie, users = catalogue.trie, torch.arange(len(memory.bias), device=memory.bias.device)[:, None]
+    token = node = torch.zeros_like(users).expand(-1, beam if draws else 1)
+    score, past = torch.zeros(token.shape, device=users.device), None
     for level in range(model.levels):
         state, past = model.decode(token[..., None], memory, past)
         logits = model.code_logits(state[..., 0, :], level)
         child, log_probs = trie.log_probs(logits, node, level)                      # (B, W, width)
-        total = (score[..., None] + log_probs).flatten(1)
-        score, best = total.topk(min(beam, total.shape[1]))
-        parent = (users * node.shape[1] + best // child.shape[-1]).flatten()        # the beams that go on
+        total, width = (score[..., None] + log_probs).flatten(1), child.shape[-1]
+        if draws:                           # the argmax of log p + Gumbel noise is a draw from p
+            noise = -torch.empty_like(log_probs).exponential_().log()
+            best = (log_probs + noise).argmax(-1) + width * torch.arange(beam, device=users.device)
+        else:
+            best = total.topk(min(beam, total.shape[1])).indices
+        score = total.gather(1, best)
+        parent = (users * node.shape[1] + best // width).flatten()                  # the beams that go on
         past = [(keys[parent], values[parent]) for keys, values in past]
         node = child.flatten(1).gather(1, best)
         token = 1 + level * model.n_codes + trie.code[node]
     n_items, missing = len(catalogue.codes), beam - score.shape[1]
-    items = trie.item(node).masked_fill(score == -torch.inf, n_items)
+    items = trie.leaf_item[node - trie.first_leaf].masked_fill(score == -torch.inf, n_items)
     return F.pad(items, (0, missing), value=n_items), F.pad(score, (0, missing), value=-torch.inf)
 
 
 def ranking_metrics(recommended: Tensor, target: Tensor) -> dict[str, float]:
     """R@k, the share of users whose next item is among the first k, and N@k, the mean of 1 / log2(1 + rank).
-
-    recommended (U, W) item ids, best first; target (U,).
-    """
+    recommended (U, W) item ids, best first; target (U,)."""
     hit = (recommended == target[:, None]).double()
     gain = hit / torch.log2(torch.arange(hit.shape[1], device=hit.device).double() + 2)
     return {**{f"R@{k}": hit[:, :k].sum(1).mean().item() for k in (1, 5, 10, 20)},
@@ -767,109 +829,82 @@ def ranking_metrics(recommended: Tensor, target: Tensor) -> dict[str, float]:
 
 # ================================================================================================ 11. main
 
-NEEDS = {  # stage -> the groups of settings that its result depends on: the key of its cache
-    "vectors": ("data", "vectors"),
-    "codes": ("data", "vectors", "codes"),
-    "sasrec": ("data", "training", "sasrec"),
-    "sft": ("data", "vectors", "codes", "training", "sft"),
-    "finetune": ("data", "vectors", "codes", "training", "sasrec", "sft", "finetune"),
-}
+def needs(cfg: Config) -> dict[str, tuple[str, ...]]:
+    """Stage -> the groups of settings that its result depends on: the key of its cache."""
+    letter = ("training", "sasrec", "letter") if cfg.backbone == "letter" else ()
+    codes = ("data", "vectors", "codes", *letter)
+    return {"sasrec": ("data", "training", "sasrec"), "vectors": ("data", "vectors"), "codes": codes,
+            "sft": (*codes, "training", "sft"),
+            "finetune": (*codes, "training", "sasrec", "sft", "finetune", *METHODS[cfg.loss].groups)}
 
 
-class Run(datasets.Stages):
-    """One command: its settings, device and data, and its stages, each of them done once and then kept."""
+def train(run: Run, stage: str, model: nn.Module, recommend: Callable, loss_of: Callable,
+          batches: Iterator[Tensor], steps: int, optimiser: torch.optim.Optimizer, log: Callable,
+          after: Callable = lambda step: None) -> dict:
+    """Fit a recommender, choose its state on validation users, score all of them and, once, the test users.
+    recommend: histories (B, T) -> item ids (B, W), best first."""
+    def score(part: str, rows: Tensor | None = None) -> tuple[Tensor, dict]:
+        items, target = run.recommended(model, recommend, part, rows)
+        return items, ranking_metrics(items, target)
 
-    def __init__(self, cfg: Config):
-        if cfg.device.startswith("cuda") and int(cfg.device[5:] or 0) >= torch.cuda.device_count():
-            raise DataError(f"--device {cfg.device}: torch sees no such device; use --device cpu")
-        self.device = torch.device(cfg.device if cfg.device != "auto"
-                                   else "cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = compute_type(self.device, cfg.precision)
-        self.data = datasets.load(cfg.dataset, Path(cfg.data_dir), cfg.seed)
-        if self.data.offsets.diff().max() < 4:
-            raise DataError(f"{self.data.name}: no user has the 4 interactions that a training pair needs")
-        unclicked = min(cfg.pool, self.data.n_items) - cfg.max_history - 1
-        if METHODS[cfg.loss].objective and cfg.sampler != "none" and cfg.k > unclicked:
-            raise DataError(f"--k {cfg.k}: only {max(unclicked, 0)} items of a pool are surely unclicked; "
-                            "change --k, --max-history or --pool, or use --sampler none")
-        cfg = dataclasses.replace(cfg, precision=str(self.dtype)[6:], item_vectors="" if cfg.codes
-                                  else cfg.item_vectors)
-        super().__init__(cfg, NEEDS, self.data)
-        self.parts = {part: examples.to(self.device)
-                      for part, examples in datasets.split(self.data, cfg.max_history).items()}
-        order = torch.randperm(self.data.n_users, generator=torch.Generator().manual_seed(cfg.seed))
-        self.valid_rows = order[:cfg.valid_users].sort().values.to(self.device)
+    state = fit(model, stage, loss_of, batches, steps, optimiser, log, run.dtype, run.cfg.evaluations,
+                lambda: score("valid", run.valid_rows)[1], after)
+    model.load_state_dict(state)
+    top, test = score("test")
+    if run.data.liked is not None:
+        test["liked"] = datasets.liked_unseen(top, run.data)
+    return {"state": state, "valid": score("valid")[1], "test": test, "top": top.int().cpu()}
+
+
+def train_codes(run: Run, vectors: Tensor, collaborative: Tensor, log: Callable) -> Tensor:
+    """Train an RQ-VAE on item vectors (N, d_in), LETTER's on SASRec's (N, dim) too -> codes (N, L)."""
+    cfg, n = run.cfg, len(vectors)
+    steps = cfg.code_epochs * math.ceil(n / 1024)
+    alignment, even_codes = (cfg.alignment, cfg.even_codes) if cfg.backbone == "letter" else (0, 0)
+    model = RQVAE(vectors.shape[1], cfg.levels, cfg.codebook_size, cfg.code_dim, cfg.commitment)
+    quantiser, clusters = model.to(run.device).quantiser, []
+
+    def loss_of(rows: Tensor, progress: float) -> Tensor:
+        loss, quantised = model(vectors[rows])
+        if alignment:
+            loss = loss + alignment * alignment_loss(quantised.value, collaborative[rows])
+        if even_codes:
+            levels = zip(quantiser.codebooks, clusters, quantised.codes.T)
+            loss = loss + even_codes * sum(even_codes_loss(*level) for level in levels) / cfg.levels
+        return loss
 
     @torch.no_grad()
-    def score(self, model: nn.Module, recommend: Callable, part: str, rows: Tensor | None = None) -> dict:
-        """Item-level metrics of a model's recommendations (histories -> ids (B, 20)) for users of a part."""
-        examples, found = self.parts[part], []
-        rows = torch.arange(len(examples), device=self.device) if rows is None else rows
-        order = torch.argsort((examples.end - examples.start)[rows], stable=True)
-        model.eval()
-        with mixed_precision(self.device, self.dtype):
-            for chunk in tqdm(rows[order].split(256), desc=f"scoring: {part}", disable=None, leave=False):
-                found.append(recommend(examples.batch(chunk)[0]))
-        recommended = torch.cat(found)[torch.argsort(order)]
-        metrics = ranking_metrics(recommended, examples.items[examples.end[rows]])
-        if self.data.liked is not None and len(rows) == self.data.n_users:
-            metrics["liked"] = datasets.liked_unseen(recommended, self.data)
-        return metrics
+    def tidy(step: int) -> None:
+        if step % max(steps // 15, 1) == 0:
+            if 0 < step < 0.8 * steps:              # afterwards the codes must come to rest
+                quantiser.restart_dead_codes(model.encoder(vectors))
+            clusters[:] = [balanced_clusters(codebook) for codebook in quantiser.codebooks if even_codes]
 
-    def train(self, stage: str, model: nn.Module, recommend: Callable, loss_of: Callable,
-              batches: Iterator[Tensor], steps: int, optimiser: torch.optim.Optimizer, log: Callable) -> dict:
-        """Fit a recommender, choose its state on validation users, score all of them and, once, the test."""
-        state = fit(model, stage, loss_of, batches, steps, optimiser, log, self.dtype, self.cfg.evaluations,
-                    lambda: self.score(model, recommend, "valid", self.valid_rows))
-        model.load_state_dict(state)
-        result = {"state": state}
-        for part in ("valid", "test"):
-            result[part] = self.score(model, recommend, part)
-            log({"scored": part})
-        return result
-
-
-def train_codes(run: Run, vectors: Tensor, log: Callable) -> dict:
-    """Train the RQ-VAE on item vectors (N, d_in) and read off every item's codes."""
-    cfg, steps = run.cfg, run.cfg.code_epochs * math.ceil(len(vectors) / 1024)
-    model = RQVAE(vectors.shape[1], cfg.levels, cfg.codebook_size, cfg.code_dim, cfg.commitment)
-    model.to(run.device)
     with torch.no_grad():
-        model.quantiser.initialise(model.encoder(vectors))
-
-    def restart(step: int) -> None:
-        if step % max(steps // 15, 1) == 0 and step < 0.8 * steps:  # afterwards the codes must come to rest
-            with torch.no_grad():
-                model.quantiser.restart_dead_codes(model.encoder(vectors))
-
-    batches = length_batches(torch.zeros(len(vectors), device=run.device), 1024, steps)
+        quantiser.initialise(model.encoder(vectors))
+    tidy(0)
+    batches = datasets.length_batches(torch.zeros(n, device=run.device), 1024, steps)
     optimiser = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.0, fused=True)
-    fit(model, "codes", lambda rows, _: model(vectors[rows])[0], batches, steps, optimiser, log,
-        after=restart)
+    fit(model, "codes", loss_of, batches, steps, optimiser, log, after=tidy)
     with torch.no_grad():
-        loss, (codes, *_) = model(vectors)
-    figures = {"loss": loss.item(), "collision_rate": 1 - len(codes.unique(dim=0)) / len(codes),
-               "usage": [len(column.unique()) / cfg.codebook_size for column in codes.T]}
-    return {"codes": unique_paths(codes).cpu(), "semantic": cfg.levels, "figures": figures}
+        return model(vectors)[1].codes
 
 
-def item_codes(run: Run) -> Catalogue:
-    """Stages 1 and 2: item vectors, then every item as a unique path of codes, by our RQ-VAE or from --codes.
-    The codes are also written in LETTER's format, so that others can use them."""
+def item_codes(run: Run, sasrec: SASRec) -> Catalogue:
+    """Each item as a path of codes of its own, from --codes or the backbone; also written in that format."""
     cfg, data = run.cfg, run.data
 
-    def given(log) -> dict:
-        codes = datasets.read_codes(Path(cfg.codes), data.n_items)
-        unique = len(codes.unique(dim=0)) == len(codes)
-        return {"codes": codes if unique else unique_paths(codes), "semantic": codes.shape[1]}
+    def build(log: Callable) -> dict:
+        if cfg.codes:
+            codes = datasets.read_codes(Path(cfg.codes), data.n_items)
+        else:
+            vectors = run.stage("vectors", lambda log: {"x": datasets.item_vectors(cfg, data)})["x"]
+            collaborative = datasets.principal_vectors(sasrec.item.weight[:-1], cfg.code_dim)
+            codes = train_codes(run, vectors.to(run.device), collaborative, log).cpu()
+        twins = len(codes.unique(dim=0)) < len(codes)
+        return {"codes": unique_paths(codes) if twins else codes, "semantic": codes.shape[1]}
 
-    def learnt(log) -> dict:
-        vectors = run.stage("vectors", lambda log: {
-            "vectors": datasets.read_vectors(Path(cfg.item_vectors), data.n_items) if cfg.item_vectors
-            else datasets.text_vectors(data.texts, cfg.vector_dim, cfg.seed)})["vectors"]
-        return train_codes(run, vectors.to(run.device), log)
-
-    result = run.stage("codes", given if cfg.codes else learnt)
+    result = run.stage("codes", build)
     index = run.folder("codes") / f"{data.name}.index.json"
     if not index.exists():
         datasets.write_atomically(index, datasets.format_codes(result["codes"]).encode())
@@ -877,113 +912,86 @@ def item_codes(run: Run) -> Catalogue:
 
 
 def train_sasrec(run: Run) -> SASRec:
-    """Stage 3: the collaborative model, trained on every user's training sequence and frozen from then on."""
+    """The collaborative model, trained on every user's training sequence and frozen from then on."""
     cfg = run.cfg
+    if cfg.sasrec_dim % cfg.sasrec_heads:
+        raise DataError(f"--sasrec-dim {cfg.sasrec_dim} is no multiple of --sasrec-heads {cfg.sasrec_heads}")
     length = max(cfg.sasrec_length, cfg.max_history)    # else positions that are used would not be trained
     torch.manual_seed(cfg.seed)
     model = SASRec(run.data.n_items, cfg.sasrec_dim, cfg.sasrec_layers, cfg.sasrec_heads, cfg.sasrec_dropout,
                    length).to(run.device)
 
-    def build(log) -> dict:
-        train = datasets.split(run.data, length)["train"].to(run.device)
-        whole = F.pad(train.user.diff() != 0, (0, 1), value=True).nonzero()[:, 0]   # each user's last pair
+    def build(log: Callable) -> dict:
+        pairs = datasets.split(run.data, length)["train"].to(run.device)
+        whole = F.pad(pairs.user.diff() != 0, (0, 1), value=True).nonzero()[:, 0]   # each user's last pair
         steps = cfg.sasrec_epochs * math.ceil(len(whole) / cfg.sasrec_batch)
-        batches = length_batches((train.end - train.start)[whole], cfg.sasrec_batch, steps)
+        batches = datasets.length_batches((pairs.end - pairs.start)[whole], cfg.sasrec_batch, steps)
         optimiser = torch.optim.AdamW(model.parameters(), cfg.sasrec_lr, weight_decay=cfg.weight_decay,
                                       fused=True)
-        return run.train("sasrec", model, lambda history: datasets.top(model.scores(history), 20),
-                         lambda rows, _: model.loss(*train.batch(whole[rows])), batches, steps,
-                         optimiser, log)
+        return train(run, "sasrec", model, lambda history: datasets.top(model.scores(history), 20),
+                     lambda rows, _: model.loss(*pairs.batch(whole[rows])), batches, steps, optimiser, log)
 
     state = run.stage("sasrec", build)["state"]
     return datasets.load_state(model, state, run.folder("sasrec")).requires_grad_(False)
 
 
 def train_generator(run: Run, stage: str, catalogue: Catalogue, sasrec: SASRec, initial: dict) -> T5:
-    """Stages 4 and 5: SFT of a fresh generator; fine-tuning by --loss from its state, `initial`."""
+    """Stage sft: a fresh generator, by SFT. Stage finetune: by --loss, from its state, `initial`."""
     cfg = run.cfg if stage == "finetune" else dataclasses.replace(run.cfg, loss="sft", from_scratch=True)
     torch.manual_seed(cfg.seed)
     model = T5(catalogue.codes.shape[1], int(catalogue.codes.max()) + 1, cfg.d_model, cfg.heads, cfg.d_kv,
-               cfg.d_ff, cfg.layers, cfg.dropout).to(run.device)
+               cfg.d_ff, cfg.layers, cfg.dropout, cfg.temperature if cfg.backbone == "letter" else 1.0)
+    model.to(run.device)
 
-    def build(log) -> dict:
-        train, epochs = run.parts["train"], cfg.finetune_epochs if stage == "finetune" else 0
+    def build(log: Callable) -> dict:
+        pairs, epochs = run.parts["train"], cfg.finetune_epochs if stage == "finetune" else 0
         if cfg.from_scratch:
             epochs += cfg.sft_epochs
         else:
             datasets.load_state(model, initial, run.folder("sft"))
-        steps = max(1, round(epochs * math.ceil(len(train) / cfg.batch) / METHODS[cfg.loss].cost))
+        steps = max(1, round(epochs * math.ceil(len(pairs) / cfg.batch) / METHODS[cfg.loss].cost))
+        tuning = FineTuning(model, sasrec, catalogue, cfg)
         # T5's own optimiser: its steps are relative to a weight's size, 1 in an embedding, 0.05 in a matrix.
         optimiser = torch.optim.Adafactor(model.parameters(), cfg.lr if cfg.from_scratch else cfg.finetune_lr,
                                           weight_decay=cfg.weight_decay)
-        return run.train(
-            cfg.loss, model, lambda history: beam_search(model, catalogue, history, cfg.beam)[0],
-            lambda rows, progress: method_loss(model, sasrec, catalogue, cfg, *train.batch(rows), progress),
-            length_batches(train.end - train.start, cfg.batch, steps), steps, optimiser, log)
+        batches = datasets.length_batches(pairs.end - pairs.start, cfg.batch, steps)
+        return train(run, cfg.loss, model, lambda history: beam_search(
+                         model, catalogue, catalogue.read(model, history), cfg.beam)[0],
+                     lambda rows, progress: tuning.loss(*pairs.batch(rows), progress), batches, steps,
+                     optimiser, log, lambda step: tuning.refresh(step, steps))
 
     return datasets.load_state(model, run.stage(stage, build)["state"], run.folder(stage))
 
 
-PAPER_R10 = {("beauty", "SFT"): 0.0558, ("beauty", "then tb"): 0.0651,     # Table 1, TIGER
-             ("yelp", "SFT"): 0.0334, ("yelp", "then tb"): 0.0404}
-
-
-def results_table(run: Run) -> str:
-    """Test metrics of popularity, SASRec, SFT and the method; the paper's R@10 of its Table 1 (TIGER)."""
-    top = datasets.top(datasets.popularity(run.data)[None], 20)
-    target = run.data.items[run.data.offsets[1:] - 1]
-    rows = [("popularity", ranking_metrics(top.expand(len(target), -1), target), {})]
-    rows += [(label, run.results[stage]["test"], run.results[stage]) for label, stage in
-             (("SASRec", "sasrec"), ("SFT", "sft"), (f"then {run.cfg.loss}", "finetune"))]
-    names = list(rows[1][1])
-    table = [["test", *names, "valid R@10", "paper R@10", "seconds"]]
-    for label, test, result in rows:
-        paper = PAPER_R10.get((run.cfg.dataset, label))
-        cells = [test.get(name) for name in names] + [result.get("valid", {}).get("R@10"), paper]
-        table.append([label, *("" if value is None else f"{value:.4f}" for value in cells),
-                      f"{result['seconds']:.0f}" if result else ""])
-    return datasets.aligned(table)
-
-
 def run_all(cfg: Config) -> str:
-    """All stages in order, each one kept; returns the table of results."""
-    run = Run(cfg)
-    print(f"{run.data.name}: {run.data.n_users:,} users, {run.data.n_items:,} items, "
-          f"{len(run.parts['train']):,} training pairs; {run.device}, {run.cfg.precision}, seed {cfg.seed}",
-          flush=True)
-    catalogue = item_codes(run)
+    """All stages in order, each one kept; returns the tables of results."""
+    if cfg.report:
+        return datasets.report(Path(cfg.runs_dir), Config, PRESETS)
+    run = Run(cfg, needs(cfg))
+    unclicked = max(0, min(cfg.pool, run.data.n_items) - cfg.max_history - 1)
+    asked = {"curriculum": cfg.k * (cfg.sampler != "none"), "random": cfg.negatives}
+    if asked.get(METHODS[cfg.loss].source, 0) > unclicked:
+        raise DataError(f"only {unclicked} items of a pool of {cfg.pool} are surely unclicked; change --k, "
+                        "--negatives, --max-history or --pool, or use --sampler none")
     sasrec = train_sasrec(run)
+    catalogue = item_codes(run, sasrec)
+    print(datasets.code_figures(catalogue.codes[:, :catalogue.semantic], sasrec.item.weight[:-1]))
     start = train_generator(run, "sft", catalogue, sasrec, {})
     train_generator(run, "finetune", catalogue, sasrec, start.state_dict())
-    return results_table(run)
 
-
-def check(cfg: Config) -> Config:
-    """The settings, if they make sense together. Raises DataError."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device):
-        raise DataError(f"--device {cfg.device} is not auto, cpu, cuda or cuda:N")
-    parts = cfg.reward.split(",")
-    if not set(parts) <= {"aug", "cf", "sim"} or len(set(parts)) != len(parts):
-        raise DataError(f"--reward {cfg.reward} must name any of aug, cf, sim, once each, commas between")
-    if cfg.reward_floor < 1e-30:
-        raise DataError(f"--reward-floor {cfg.reward_floor} must be above 0, for the log of a reward of 0")
-    if cfg.sasrec_dim % cfg.sasrec_heads:
-        raise DataError(f"--sasrec-dim {cfg.sasrec_dim} is no multiple of --sasrec-heads {cfg.sasrec_heads}")
-    return cfg
+    results = datasets.results(run, ranking_metrics)
+    tables = [datasets.results_table(run, results)]
+    if cfg.diversity:
+        tables.append(datasets.diversity_table(run, results, sasrec.scores, collaborative_score))
+    if cfg.show:
+        tables.append(datasets.case_studies(run, results, cfg.show))
+    return "\n\n".join(tables)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit code: 0, 1 for bad input, 130 for Ctrl-C (and 2 for a wrong flag)."""
-    try:
-        settings = datasets.command_line(Config, PRESETS, argv, "gflowgr.py", __doc__.splitlines()[0])
-        print(run_all(check(settings)))
-        return 0
-    except (DataError, OSError, MemoryError, RuntimeError) as error:
-        print(datasets.explain(error), file=sys.stderr)
-    except KeyboardInterrupt:
-        print("\nstopped: finished stages are kept, the same command goes on after them", file=sys.stderr)
-        return 130
-    return 1
+    return datasets.guarded(lambda: run_all(
+        datasets.command_line(Config, PRESETS, argv, "gflowgr.py", __doc__.splitlines()[0])))
 
 
 if __name__ == "__main__":

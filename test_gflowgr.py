@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import threading
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -45,6 +46,10 @@ def small_generator(catalogue, **size):
                  **{**dict(d_model=16, heads=2, d_kv=8, d_ff=32, layers=2, dropout=0.0), **size})
     torch.nn.init.normal_(model.flow.weight)
     return model.eval()
+
+
+def log_probs(model, catalogue, history, items):
+    return g.path_log_probs(model, catalogue, catalogue.read(model, history), items)
 
 
 # --------------------------------------------------------------------------------------------- data: files
@@ -340,7 +345,90 @@ def test_initialisation_and_restart_put_codes_to_use():
     with torch.no_grad():
         quantiser.codebooks[0, 3:] = 100.0
     used = len(quantiser(x).codes[:, 0].unique())
-    assert quantiser.restart_dead_codes(x) >= 8 - used > 0 and len(quantiser(x).codes[:, 0].unique()) > used
+    quantiser.restart_dead_codes(x)
+    assert used < 8 and len(quantiser(x).codes[:, 0].unique()) > used
+
+
+def test_balanced_clusters_are_near_and_of_even_size():
+    points = torch.randn(53, 3)
+    cluster = g.balanced_clusters(points, 10)
+    assert torch.bincount(cluster, minlength=10).max() <= 6 and cluster.min() >= 0 and cluster.max() < 10
+    apart = torch.arange(40).div(4, rounding_mode="floor")                  # ten far groups of four stay whole
+    groups = 100.0 * torch.eye(10)[apart] + 0.01 * torch.randn(40, 10)
+    cluster = max((g.balanced_clusters(groups, 10) for _ in range(20)), key=lambda c: sum(
+        len(c[apart == i].unique()) == 1 for i in range(10)))
+    assert sum(len(cluster[apart == i].unique()) == 1 for i in range(10)) >= 8
+    assert g.balanced_clusters(points[:1]).tolist() == [0]
+
+
+def test_alignment_is_the_cross_entropy_of_finding_ones_own():
+    value, collaborative = torch.randn(5, 3, requires_grad=True), torch.randn(5, 3)
+    loss = g.alignment_loss(value, collaborative)
+    products = (value @ collaborative.T).exp().tolist()
+    byhand = -sum(math.log(row[i] / sum(row)) for i, row in enumerate(products)) / 5
+    assert loss.item() == pytest.approx(byhand, rel=1e-5)
+
+
+def test_even_codes_pull_to_the_partner_and_away_from_the_rest():
+    codebook, cluster = torch.randn(5, 3, requires_grad=True), torch.tensor([0, 1, 0, 1, 2])
+    codes = torch.tensor([0, 3, 4])                     # the partners are 2 and 1; the last has none
+    loss = g.even_codes_loss(codebook, cluster, codes)
+    total = 0.0
+    for own, partner in [(0, 2), (3, 1)]:
+        logits = {j: (codebook[own] @ codebook[j]).exp().item() for j in range(5) if j != own}
+        total -= math.log(logits[partner] / sum(logits.values()))
+    assert loss.item() == pytest.approx(total / 3, rel=1e-5)
+    loss.backward()
+    assert torch.isfinite(codebook.grad).all() and codebook.grad.abs().sum() > 0
+    labels = {float(g.even_codes_loss(codebook, torch.zeros(5, dtype=torch.long), torch.tensor([0])))
+              for _ in range(60)}
+    assert len(labels) == 4                                                 # any other of one cluster of five
+
+
+def codes_of(seed=3, **changes):
+    """What train_codes makes of 120 items whose collaborative vectors know groups that their text does not."""
+    torch.manual_seed(seed)
+    text, groups = torch.randn(120, 6), torch.arange(120) % 6
+    collaborative = (3 * F.one_hot(groups, 8).float() + 0.3 * torch.randn(120, 8)).requires_grad_()
+    cfg = g.Config(**{**dict(levels=2, codebook_size=12, code_dim=8, code_epochs=400), **changes})
+    run = types.SimpleNamespace(cfg=cfg, device=torch.device("cpu"))
+    codes = g.train_codes(run, text, collaborative, lambda entry: None)
+    assert collaborative.grad is None
+    same = groups[:, None] == groups
+    return codes, (codes[:, None] == codes).float().mean(-1)[same].mean().item()
+
+
+def test_letter_without_its_weights_is_the_rqvae_and_alignment_raises_the_overlap():
+    plain, before = codes_of()
+    letter, _ = codes_of(backbone="letter", alignment=0.0, even_codes=0.0)
+    assert torch.equal(letter, plain)
+    aligned, after = codes_of(backbone="letter", alignment=1.0, even_codes=0.0)
+    assert after > before + 0.05
+    evened, _ = codes_of(backbone="letter", alignment=0.0, even_codes=0.1)
+    assert not torch.equal(evened, plain)
+
+
+def test_temperature_divides_the_logits():
+    catalogue, state = small_catalogue(), torch.randn(3, 16)
+    cold, warm = small_generator(catalogue, temperature=0.5), small_generator(catalogue)
+    cold.load_state_dict(warm.state_dict())
+    torch.testing.assert_close(cold.code_logits(state, 1), 2 * warm.code_logits(state, 1))
+
+
+def test_principal_vectors_keep_what_varies_most():
+    x = torch.randn(50, 2) @ torch.tensor([[5.0, 0, 0, 0], [0, 2.0, 0, 0]]) + torch.tensor([0, 0, 7.0, 7.0])
+    vectors = datasets.principal_vectors(x, 2)
+    centred = x - x.mean(0)
+    scale = centred.norm() / vectors.norm()
+    torch.testing.assert_close(torch.cdist(vectors, vectors) * scale, torch.cdist(centred, centred), atol=1e-3, rtol=1e-3)
+    assert datasets.principal_vectors(x, 9).shape == (50, 9) and vectors.square().mean() == pytest.approx(1, rel=1e-5)
+
+
+def test_code_figures_by_hand():
+    codes, vectors = torch.tensor([[0, 0], [0, 3], [2, 1], [2, 1]]), torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [0.1, 1]])
+    line = datasets.code_figures(codes, vectors, neighbours=1)      # overlaps 1/2, 1/2, 1, 1
+    assert line.split(": ", 1)[1] == "usage 67%, 75%; collision rate 0.250; overlap with the 1 nearest items of " \
+                                     "SASRec 0.750"
 
 
 def test_paths_become_unique_by_counting_twins():
@@ -451,11 +539,11 @@ def test_memory_is_blind_to_padding_and_paths_to_each_other():
     catalogue = small_catalogue()
     model, items = small_generator(catalogue), torch.randint(30, (3, 4))
     history = torch.randint(30, (3, 5))
-    log_pf, log_flow = g.path_log_probs(model, catalogue, history, items)
-    padded, _ = g.path_log_probs(model, catalogue, F.pad(history, (0, 3), value=30), items)
+    log_pf, log_flow = log_probs(model, catalogue, history, items)
+    padded, _ = log_probs(model, catalogue, F.pad(history, (0, 3), value=30), items)
     torch.testing.assert_close(padded, log_pf, atol=1e-5, rtol=1e-5)
     for path in range(4):
-        alone, flow = g.path_log_probs(model, catalogue, history, items[:, path:path + 1])
+        alone, flow = log_probs(model, catalogue, history, items[:, path:path + 1])
         torch.testing.assert_close(alone[:, 0], log_pf[:, path], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(flow[:, 0], log_flow[:, path], atol=1e-5, rtol=1e-5)
 
@@ -499,7 +587,7 @@ def test_trie_holds_exactly_the_items():
             expected = sorted({other[level] for other in codes if other[:level] == path[:level]})
             assert trie.code[child[real]].tolist() == expected
             node = child[expected.index(code)]
-        assert trie.item(node) == item
+        assert trie.leaf_item[node - trie.first_leaf] == item
     assert len(trie.code) == 1 + sum(len({tuple(p[:l]) for p in codes}) for l in (1, 2, 3))
 
 
@@ -511,7 +599,7 @@ def test_trie_refuses_items_of_one_path():
 def test_probabilities_of_all_items_sum_to_one():
     catalogue = small_catalogue()
     items = torch.arange(30).expand(2, -1)
-    log_pf, _ = g.path_log_probs(small_generator(catalogue), catalogue, torch.randint(30, (2, 5)), items)
+    log_pf, _ = log_probs(small_generator(catalogue), catalogue, torch.randint(30, (2, 5)), items)
     torch.testing.assert_close(log_pf.sum(-1).exp().sum(1), torch.ones(2))
 
 
@@ -550,25 +638,33 @@ class Scores(torch.nn.Module):
         return self.values.expand(len(history), -1)
 
 
+def trajectories(loss, teacher, history, target, progress, **changes):
+    """Of a method, over a catalogue of as many items as the teacher has scores."""
+    catalogue = small_catalogue(n_items=len(teacher.values))
+    tuning = g.FineTuning(small_generator(catalogue), teacher, catalogue, g.Config(loss=loss, **changes))
+    return tuning.trajectories(g.METHODS[loss], history, target, progress)
+
+
 def test_trajectories_put_the_observed_first_and_scale_scores_to_the_unit_interval():
-    teacher, cfg = Scores([5.0, 1.0, 3.0, 2.0, 0.0, 4.0]), g.Config(k=2, pool=6)
-    history, target = torch.tensor([[0], [3]]), torch.tensor([2, 4])
-    items, r_cs = g.trajectories(teacher, cfg, history, target, 0.5)
-    assert items[:, 0].tolist() == [2, 4] and items.shape == (2, 3) and not r_cs.requires_grad
-    torch.testing.assert_close(r_cs, teacher.values.detach()[items] / 5)
+    teacher, history, target = Scores([5.0, 1.0, 3.0, 2.0, 0.0, 4.0]), torch.tensor([[0], [3]]), torch.tensor([2, 4])
+    paths = trajectories("tb", teacher, history, target, 0.5, k=2, pool=6, reward="cf")
+    items = paths.items
+    assert items[:, 0].tolist() == [2, 4] and items.shape == (2, 3) and not paths.reward.requires_grad
+    torch.testing.assert_close(paths.reward, (teacher.values.detach()[items] / 5).clamp(min=0.01))
     assert not (items[:, 1:] == target[:, None]).any() and not (items == history).any()
-    alone, _ = g.trajectories(teacher, g.Config(sampler="none"), history, target, 0.5)
-    assert alone.tolist() == [[2], [4]]
+    alone = trajectories("tb", teacher, history, target, 0.5, sampler="none")
+    assert alone.items.tolist() == [[2], [4]]
 
 
 def test_curriculum_follows_the_progress_of_training():
-    teacher, cfg = Scores([float(i) for i in range(50)]), g.Config(k=4, pool=50)
-    history, target = torch.full((100, 1), 20), torch.full((100,), 30)
-    def mean_item(cfg, progress):
-        return g.trajectories(teacher, cfg, history, target, progress)[0][:, 1:].float().mean()
+    teacher, history = Scores([float(i) for i in range(50)]), torch.full((100, 1), 20)
 
-    assert mean_item(cfg, 0.0) < 12 and mean_item(cfg, 1.0) > 37
-    assert abs(mean_item(g.Config(k=4, pool=50, sampler="random"), 1.0) - 24.5) < 3
+    def mean_item(progress, **changes):
+        paths = trajectories("tb", teacher, history, torch.full((100,), 30), progress, k=4, pool=50, **changes)
+        return paths.items[:, 1:].float().mean()
+
+    assert mean_item(0.0) < 12 and mean_item(1.0) > 37
+    assert abs(mean_item(1.0, sampler="random") - 24.5) < 3
 
 
 # ----------------------------------------------------------------------------------------------- 7. reward
@@ -611,8 +707,8 @@ def test_exact_flows_balance():
 def test_sft_is_the_cross_entropy_over_allowed_codes():
     catalogue = small_catalogue()
     model, history, target = small_generator(catalogue), torch.randint(30, (4, 5)), torch.randint(30, (4,))
-    everything, _ = g.path_log_probs(model, catalogue, history, torch.arange(30).expand(4, -1))
-    log_pf, _ = g.path_log_probs(model, catalogue, history, target[:, None])
+    everything, _ = log_probs(model, catalogue, history, torch.arange(30).expand(4, -1))
+    log_pf, _ = log_probs(model, catalogue, history, target[:, None])
     torch.testing.assert_close(g.sft(log_pf[:, 0]).mean(), F.cross_entropy(everything.sum(-1), target))
 
 
@@ -625,14 +721,181 @@ def test_training_on_balance_makes_probabilities_proportional_to_rewards(objecti
     optimiser = torch.optim.Adam(model.parameters(), betas=(0.9, 0.95))
     for step in range(600):
         optimiser.param_groups[0]["lr"] = 0.01 * (1 - step / 600)
-        log_pf, log_flow = g.path_log_probs(model, catalogue, history, items)
+        log_pf, log_flow = log_probs(model, catalogue, history, items)
         optimiser.zero_grad()
         objective(log_pf, log_flow, log_reward).mean().backward()
         optimiser.step()
-    log_pf, log_flow = g.path_log_probs(model, catalogue, history, items)
+    log_pf, log_flow = log_probs(model, catalogue, history, items)
     distance = 0.5 * (log_pf.sum(-1).exp() - log_reward.softmax(1)).abs().sum(1)    # total variation
     assert distance.max() < 0.02
     torch.testing.assert_close(log_flow[:, 0, 0], log_reward.logsumexp(1), atol=0.05, rtol=0)
+
+
+def test_dpo_by_hand():
+    chosen, rejected = torch.randn(6).double(), torch.randn(6, 3).double()
+    zero = torch.zeros(4)
+    torch.testing.assert_close(g.dpo(zero, zero[:, None], 1.0), torch.full((4,), math.log(2)))
+    torch.testing.assert_close(g.dpo(zero, torch.zeros(4, 5), 0.3), torch.full((4,), math.log(6)))
+    pairwise = [-math.log(1 / (1 + math.exp(-0.7 * (c - r)))) for c, r in zip(chosen, rejected[:, 0])]
+    torch.testing.assert_close(g.dpo(chosen, rejected[:, :1], 0.7), torch.tensor(pairwise).double())
+    ranked = [math.log(1 + sum(math.exp(0.7 * (r - c)) for r in row)) for c, row in zip(chosen, rejected)]
+    torch.testing.assert_close(g.dpo(chosen, rejected, 0.7), torch.tensor(ranked).double())
+    assert torch.isfinite(g.dpo(torch.tensor([-400.0]), torch.tensor([[500.0, 0.0]]), 1.0)).all()
+
+
+def test_ipa_sets_the_best_against_the_worst_reward():
+    margin, reward = torch.randn(2, 4), torch.tensor([[1.0, 3, 0, 2], [5, 1, 2, 4]])
+    expected = torch.stack([F.softplus(margin[0, 2] - margin[0, 1]), F.softplus(margin[1, 1] - margin[1, 0])])
+    torch.testing.assert_close(g.ipa(margin, reward, 1.0), expected)
+
+
+def test_clipped_loss_by_hand():
+    log_old, advantage = torch.zeros(1, 4), torch.tensor([[1.0, 1.0, -1.0, -1.0]])
+    log_p = torch.tensor([[1.5, 0.5, 1.5, 0.5]]).log().requires_grad_()
+    loss = g.clipped_loss(log_p, log_old, log_p.detach(), advantage, 0.2, 0.0)
+    torch.testing.assert_close(loss, torch.tensor([[-1.2, -0.5, 1.5, 0.8]]))
+    loss.sum().backward()
+    assert [bool(x) for x in log_p.grad[0]] == [False, True, True, False]       # clipped where it went too far
+
+
+def test_the_kl_term_is_the_divergence_on_average_and_never_negative():
+    p, q = torch.randn(7).softmax(0).double(), torch.randn(7).softmax(0).double()
+    each = g.clipped_loss(p.log(), p.log(), q.log(), torch.zeros(7), 0.2, 1.0)
+    assert (each >= 0).all() and each.dtype == torch.float64
+    torch.testing.assert_close((p * each).sum(), (p * (p / q).log()).sum())
+
+
+def test_equal_rewards_give_no_advantage_and_grpo_scales_by_the_group():
+    log_p = torch.randn(3, 4, requires_grad=True)
+    g.grpo(log_p, log_p.detach(), log_p.detach(), torch.full((3, 4), 1.7), 0.2, 0.0).sum().backward()
+    assert log_p.grad.abs().max() == 0
+    reward = torch.tensor([[1.0, 2, 3, 6]])
+    one = torch.zeros(1, 4, requires_grad=True)
+    g.grpo(one, one.detach(), one.detach(), reward, 0.2, 0.0).sum().backward()
+    advantage = (reward - 3) / (math.sqrt(3.5) + 1e-4)
+    torch.testing.assert_close(one.grad, -advantage / 4)
+
+
+def test_ppo_is_the_clipped_loss_of_reward_minus_value_and_trains_the_value():
+    log_p, value = torch.randn(2, 3, requires_grad=True), torch.randn(2, requires_grad=True)
+    log_old, log_ref, reward = torch.randn(2, 3), torch.randn(2, 3), torch.rand(2, 3)
+    loss = g.ppo(log_p, log_old, log_ref, reward, value, 0.2, 0.1)
+    for b, (new, old, ref) in enumerate(zip(log_p.tolist(), log_old.tolist(), log_ref.tolist())):
+        total = 0.0
+        for i in range(3):
+            ratio, a = math.exp(new[i] - old[i]), (reward[b, i] - value[b]).item()
+            q = math.exp(ref[i] - new[i])
+            total += 0.1 * (q - 1 - math.log(q)) - min(ratio * a, min(max(ratio, 0.8), 1.2) * a) + 0.5 * a ** 2
+        assert loss[b].item() == pytest.approx(total / 3, rel=1e-4)
+    loss.sum().backward()
+    torch.testing.assert_close(value.grad, (value.detach() - reward.mean(1)))
+
+
+@pytest.mark.parametrize("loss", ["ppo", "grpo"])
+@pytest.mark.parametrize("scores, moves", [([0.0, 1.0], True), ([1.0, 1.0], False)])
+def test_policies_move_to_the_better_of_two_items_and_stay_put_where_both_are_alike(loss, scores, moves):
+    catalogue = g.Catalogue.of(torch.tensor([[0, 1], [1, 0]]), 2)
+    model, teacher = small_generator(catalogue, layers=1, dropout=0.1), Scores(scores)
+    cfg = g.Config(loss=loss, group=8, reward="cf", kl=0.0)
+    tuning, history = g.FineTuning(model, teacher, catalogue, cfg), torch.tensor([[0], [1]] * 8)
+
+    def share():                                                # of the second item
+        items = torch.tensor([[1]] * 16)
+        return log_probs(model.eval(), catalogue, history, items)[0].sum(-1).exp().mean().item()
+
+    before = share()
+    optimiser = torch.optim.Adam(model.parameters(), 0.01)
+    for step in range(1, 121):
+        optimiser.zero_grad()
+        tuning.loss(history, torch.zeros(16, dtype=torch.long), 0.5).backward()
+        if not moves:                                           # nothing but PPO's value may learn
+            assert loss == "ppo" or all(p.grad.abs().max() == 0 for p in model.parameters() if p.grad is not None)
+        optimiser.step()
+        tuning.refresh(step, 120)
+    if moves:
+        assert share() > max(0.9, before)
+    elif loss == "grpo":
+        assert share() == before
+
+
+def test_draws_follow_the_policy_and_are_real_items():
+    catalogue = small_catalogue(n_items=8)
+    model, history = small_generator(catalogue), torch.tensor([[0, 1]])
+    items, found = g.beam_search(model, catalogue, catalogue.read(model, history), 20000, draws=True)
+    log_p = log_probs(model, catalogue, history, torch.arange(8)[None])[0].sum(-1)[0]
+    share = torch.bincount(items[0], minlength=8) / 20000
+    torch.testing.assert_close(share, log_p.exp().detach(), atol=0.015, rtol=0)
+    torch.testing.assert_close(found[0], log_p[items[0]].detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", list(g.METHODS))
+def test_what_each_method_knows_of_its_trajectories(loss):
+    model, sasrec, catalogue, cfg, history, target = method_setting(loss=loss, beam=6, group=5)
+    tuning = g.FineTuning(model, sasrec, catalogue, cfg)
+    paths = tuning.trajectories(g.METHODS[loss], history, target, 0.9)
+    size = {"sft": 1, "db": 4, "tb": 4, "dpo": 2, "sdpo": 4, "sprec": 2, "ipa": 7, "ppo": 6, "grpo": 6}[loss]
+    assert paths.items.shape == (4, size) and torch.equal(paths.items[:, 0], target)
+    assert paths.items.min() >= 0 and paths.items.max() < 30
+    log_p = log_probs(model, catalogue, history, paths.items)[0].sum(-1).detach()
+    if g.METHODS[loss].source in ("random", "curriculum"):
+        clicked = torch.cat([history, target[:, None]], 1)
+        assert not (paths.items[:, 1:, None] == clicked[:, None]).any()
+    if g.METHODS[loss].source in ("beam", "draws"):
+        torch.testing.assert_close(paths.log_old, log_p[:, 1:], atol=1e-5, rtol=1e-5)
+    if loss not in ("sft", "db", "tb"):                         # at the start the reference is the policy
+        torch.testing.assert_close(paths.log_ref, log_p, atol=1e-5, rtol=1e-5)
+    tuning.loss(history, target, 0.9).backward()
+    frozen = [p for m in (tuning.old, tuning.reference, sasrec) if m is not None for p in m.parameters()]
+    assert all(p.grad is None for p in frozen) and model.embedding.weight.grad.abs().sum() > 0
+
+
+def test_methods_at_the_policy_that_is_its_own_reference():
+    def value(loss, **changes):
+        torch.manual_seed(7)
+        model, sasrec, *rest = method_setting(loss=loss, **changes)
+        return loss_of(model, sasrec, *rest, 0.9).item()
+
+    assert value("dpo") == pytest.approx(math.log(2), rel=1e-4)
+    assert value("sdpo", negatives=5) == pytest.approx(math.log(6), rel=1e-4)
+    assert value("grpo", group=6) == pytest.approx(0.0, abs=1e-4)       # ratio 1: the mean advantage is 0
+    assert value("ipa", beam=6, lam=2.0) == pytest.approx(value("sft") + 2 * math.log(2), rel=1e-4)
+
+
+def test_sprec_plays_against_its_previous_iterate_and_leaves_the_clicked_item_out():
+    model, sasrec, catalogue, cfg, history, target = method_setting(loss="sprec", iterations=2)
+    tuning = g.FineTuning(model, sasrec, catalogue, cfg)
+    sft = loss_of(model, sasrec, catalogue, replace(cfg, loss="sft"), history, target, 0.1)
+    torch.testing.assert_close(tuning.loss(history, target, 0.1), sft)          # each iteration begins with SFT
+    torch.testing.assert_close(tuning.loss(history, target, 0.6), sft)
+    with torch.no_grad():
+        model.embedding.weight.add_(torch.randn_like(model.embedding.weight))
+    now, initial = model.state_dict(), tuning.reference.state_dict()
+    tuning.refresh(9, 20)
+    assert not torch.equal(tuning.reference.state_dict()["embedding.weight"], now["embedding.weight"])
+    assert torch.equal(tuning.reference.state_dict()["embedding.weight"], initial["embedding.weight"])
+    tuning.refresh(10, 20)                                                      # half of the training
+    assert tuning.old is tuning.reference
+    assert all(torch.equal(weight, now[name]) for name, weight in tuning.reference.state_dict().items())
+    paths = tuning.trajectories(g.METHODS["sprec"], history, target, 0.9)._replace(
+        items=torch.stack([target, torch.where(torch.arange(4) < 2, target, (target + 1) % 30)], 1))
+    log_pf, log_flow = g.path_log_probs(model, catalogue, catalogue.read(model, history), paths.items)
+    losses = g.METHODS["sprec"].objective(paths._replace(log_pf=log_pf, log_flow=log_flow), cfg)
+    assert (losses[:2] == 0).all() and (losses[2:] > 0).all()
+
+
+def test_a_policy_that_draws_follows_every_eight_steps_and_the_reference_stays():
+    model, sasrec, catalogue, cfg, *_ = method_setting(loss="grpo")
+    tuning = g.FineTuning(model, sasrec, catalogue, cfg)
+    begun = {name: weight.clone() for name, weight in model.state_dict().items()}
+    caught_up = []
+    for step in range(1, 25):
+        with torch.no_grad():
+            model.flow.weight.add_(1.0)
+        tuning.refresh(step, 24)
+        if torch.equal(tuning.old.flow.weight, model.flow.weight):
+            caught_up.append(step)
+    assert caught_up == [8, 16, 24]
+    assert all(torch.equal(weight, begun[name]) for name, weight in tuning.reference.state_dict().items())
 
 
 def method_setting(**changes):
@@ -642,9 +905,13 @@ def method_setting(**changes):
     return small_generator(catalogue), small_sasrec(), catalogue, cfg, history, target
 
 
+def loss_of(model, sasrec, catalogue, cfg, history, target, progress):
+    return g.FineTuning(model, sasrec, catalogue, cfg).loss(history, target, progress)
+
+
 def test_no_gradient_reaches_the_teacher_but_all_of_the_generator():
     model, sasrec, *rest = method_setting()
-    g.method_loss(model, sasrec, *rest, 0.5).backward()
+    loss_of(model, sasrec, *rest, 0.5).backward()
     assert all(p.grad is None for p in sasrec.parameters())
     without = {name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().sum() == 0}
     assert without == {"scalar_z"}
@@ -654,11 +921,12 @@ def test_no_gradient_reaches_the_teacher_but_all_of_the_generator():
 def test_method_loss_is_equation_7(loss, balance):
     model, sasrec, catalogue, cfg, history, target = method_setting(loss=loss)
     torch.manual_seed(5)
-    value = g.method_loss(model, sasrec, catalogue, cfg, history, target, 0.3)
+    value = loss_of(model, sasrec, catalogue, cfg, history, target, 0.3)
     torch.manual_seed(5)
-    items, _ = g.trajectories(sasrec, cfg, history, target, 0.3)
+    tuning = g.FineTuning(model, sasrec, catalogue, cfg)
+    items = tuning.trajectories(g.METHODS[loss], history, target, 0.3).items
     with torch.no_grad():
-        log_pf, log_flow = g.path_log_probs(model, catalogue, history, items)
+        log_pf, log_flow = log_probs(model, catalogue, history, items)
     total, codes = 0.0, catalogue.codes.tolist()
     for b in range(4):
         scores = sasrec.scores(history)[b].tolist()
@@ -678,9 +946,9 @@ def test_ablations_change_what_they_name():
 
     def value(**changes):
         torch.manual_seed(5)
-        return g.method_loss(model, sasrec, catalogue, replace(cfg, **changes), history, target, 0.3).item()
+        return loss_of(model, sasrec, catalogue, replace(cfg, **changes), history, target, 0.3).item()
 
-    plain = g.sft(g.path_log_probs(model, catalogue, history, target[:, None])[0][:, 0]).mean().item()
+    plain = g.sft(log_probs(model, catalogue, history, target[:, None])[0][:, 0]).mean().item()
     assert [value(loss="sft"), value(lam=0.0)] == pytest.approx([plain, plain])
     seen = [value()] + [value(**{name: new}) for name, new in [
         ("reward", "aug"), ("reward", "cf"), ("sampler", "random"), ("sampler", "none"),
@@ -690,7 +958,7 @@ def test_ablations_change_what_they_name():
 
 def test_scalar_z_is_one_number_for_all_users():
     model, sasrec, *rest = method_setting(z="scalar", sampler="none", lam=1.0)
-    g.method_loss(model, sasrec, *rest, 0.5).backward()
+    loss_of(model, sasrec, *rest, 0.5).backward()
     assert model.scalar_z.grad != 0 and model.flow.weight.grad.abs().sum() == 0     # tb reads no other flow
 
 
@@ -698,7 +966,7 @@ def test_scalar_z_is_one_number_for_all_users():
 
 def test_batches_hold_every_row_once_an_epoch_and_alike_lengths():
     lengths = torch.randint(1, 6, (100,))
-    batches = list(g.length_batches(lengths, 16, 21))
+    batches = list(datasets.length_batches(lengths, 16, 21))
     assert len(batches) == 21
     for epoch in range(3):
         rows = torch.cat(batches[7 * epoch:7 * epoch + 7])
@@ -707,15 +975,19 @@ def test_batches_hold_every_row_once_an_epoch_and_alike_lengths():
     assert mixed <= 4 and [b.tolist() for b in batches[:7]] != [b.tolist() for b in batches[7:14]]
 
 
-def test_schedule_warms_up_and_decays_to_zero():
-    assert [g.schedule(p) for p in (0.025, 0.5, 1.0)] == pytest.approx([0.5, 0.5, 0.0])
+def test_rates_warm_up_and_decay_to_zero():
+    model, rates = torch.nn.Linear(1, 1), []
+    optimiser = torch.optim.SGD(model.parameters(), 0.5)
+    g.fit(model, "x", lambda rows, _: model(torch.ones(1, 1)).sum(), iter(torch.zeros(40, 1, dtype=torch.long)), 40,
+          optimiser, lambda entry: None, after=lambda step: rates.append(optimiser.param_groups[0]["lr"]))
+    assert [rates[0], rates[19], rates[39]] == pytest.approx([0.25, 0.25, 0.0]) and max(rates) == max(rates[1:4])
 
 
 def line_fit(**options):
     """Fit y = 3 x by gradient descent; returns the state and what was logged."""
     model, x, entries = torch.nn.Linear(1, 1), torch.linspace(-1, 1, 32)[:, None], []
     state = g.fit(model, "line", lambda rows, _: (model(x[rows]) - 3 * x[rows]).square().mean(),
-                  g.length_batches(torch.zeros(32), 8, 200), 200, torch.optim.Adam(model.parameters(), 0.1),
+                  datasets.length_batches(torch.zeros(32), 8, 200), 200, torch.optim.Adam(model.parameters(), 0.1),
                   entries.append, **options)
     return model, state, entries
 
@@ -735,7 +1007,7 @@ def test_fit_returns_the_state_of_the_best_validation():
         return {"N@10": next(scores)}
 
     state = g.fit(model, "x", lambda rows, _: model(torch.ones(4, 1)).sum(),
-                  g.length_batches(torch.zeros(8), 4, 8), 8, torch.optim.Adam(model.parameters(), 0.1),
+                  datasets.length_batches(torch.zeros(8), 4, 8), 8, torch.optim.Adam(model.parameters(), 0.1),
                   lambda entry: None, evaluations=4, validate=validate, after=steps.append)
     assert len(seen) == 4 and torch.equal(state["weight"], seen[1]) and steps == list(range(1, 9))
 
@@ -744,16 +1016,16 @@ def test_fit_stops_at_a_loss_that_is_not_finite():
     model = torch.nn.Linear(1, 1)
     with pytest.raises(DataError, match="bad: the loss is nan at step 3"):
         g.fit(model, "bad", lambda rows, _: model(torch.ones(1, 1)).sum() * float("nan"),
-              g.length_batches(torch.zeros(8), 4, 3), 3, torch.optim.Adam(model.parameters(), 0.1),
+              datasets.length_batches(torch.zeros(8), 4, 3), 3, torch.optim.Adam(model.parameters(), 0.1),
               lambda entry: None)
 
 
 def test_precision_is_what_the_device_can_do():
     cpu = torch.device("cpu")
-    assert g.compute_type(cpu, "auto") in (torch.bfloat16, torch.float32)
-    assert g.compute_type(cpu, "fp32") == torch.float32 and g.compute_type(cpu, "bf16") == torch.bfloat16
+    assert datasets.compute_type(cpu, "auto") in (torch.bfloat16, torch.float32)
+    assert datasets.compute_type(cpu, "fp32") == torch.float32 and datasets.compute_type(cpu, "bf16") == torch.bfloat16
     with pytest.raises(DataError, match="needs a GPU"):
-        g.compute_type(cpu, "fp16")
+        datasets.compute_type(cpu, "fp16")
 
 
 def test_bf16_is_close_to_float32():
@@ -761,8 +1033,8 @@ def test_bf16_is_close_to_float32():
     values = []
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(5)
-        with g.mixed_precision(torch.device("cpu"), dtype):
-            values.append(g.method_loss(model, sasrec, *rest, 0.5).item())
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            values.append(loss_of(model, sasrec, *rest, 0.5).item())
     assert values[1] != values[0] and values[1] == pytest.approx(values[0], rel=0.03)
 
 
@@ -773,9 +1045,9 @@ def test_a_wide_beam_equals_brute_force(levels, width):
     catalogue = small_catalogue(levels=levels, width=width)
     model, history = small_generator(catalogue), torch.randint(30, (5, 6))
     history[2, 4:] = 30
-    log_pf, _ = g.path_log_probs(model, catalogue, history, torch.arange(30).expand(5, -1))
+    log_pf, _ = log_probs(model, catalogue, history, torch.arange(30).expand(5, -1))
     log_prob, order = log_pf.sum(-1).sort(descending=True)
-    items, found = g.beam_search(model, catalogue, history, 30)
+    items, found = g.beam_search(model, catalogue, catalogue.read(model, history), 30)
     assert torch.equal(items, order)
     torch.testing.assert_close(found, log_prob.detach(), atol=1e-5, rtol=1e-5)
 
@@ -783,15 +1055,16 @@ def test_a_wide_beam_equals_brute_force(levels, width):
 def test_a_narrow_beam_finds_real_items_with_their_true_probability():
     catalogue = small_catalogue()
     model, history = small_generator(catalogue), torch.randint(30, (5, 6))
-    items, found = g.beam_search(model, catalogue, history, 4)
-    log_pf, _ = g.path_log_probs(model, catalogue, history, items)
+    items, found = g.beam_search(model, catalogue, catalogue.read(model, history), 4)
+    log_pf, _ = log_probs(model, catalogue, history, items)
     torch.testing.assert_close(found, log_pf.sum(-1).detach(), atol=1e-5, rtol=1e-5)
     assert all(len(set(row)) == 4 for row in items.tolist()) and (found.diff() <= 0).all()
 
 
 def test_a_beam_wider_than_the_catalogue_is_filled_up():
     catalogue = small_catalogue(n_items=6)
-    items, found = g.beam_search(small_generator(catalogue), catalogue, torch.tensor([[0], [1]]), 9)
+    model = small_generator(catalogue)
+    items, found = g.beam_search(model, catalogue, catalogue.read(model, torch.tensor([[0], [1]])), 9)
     assert all(sorted(row) == [0, 1, 2, 3, 4, 5, 6, 6, 6] for row in items.tolist())
     assert (found[:, 6:] == -torch.inf).all() and (found[:, :6] > -torch.inf).all()
 
@@ -810,6 +1083,20 @@ def test_liked_but_unseen_by_hand():
     clicked, offsets = torch.tensor([0, 5, 6, 7, 8, 9]), torch.tensor([0, 3, 6])
     data = datasets.Data("x", [""] * 30, [""] * 30, clicked, offsets, liked, "")
     assert datasets.liked_unseen(torch.arange(20).repeat(2, 1), data) == 1.0    # 1 and 2 of user 0, else none
+
+
+def test_diversity_by_hand():
+    clicked, offsets = torch.tensor([3, 3, 3, 2, 2, 1, 0, 1, 2]), torch.tensor([0, 5, 9])
+    data = datasets.Data("x", [""] * 20, [""] * 20, clicked, offsets, None, "")      # popularity: 3, then 0 .. 2
+    recommended, r_cs = torch.tensor([[3] * 10, [3] * 5 + [19] * 5]), torch.tensor([[0.5] * 10, [0.0] * 5 + [1.0] * 5])
+    figures = datasets.diversity(recommended, r_cs, data)
+    assert figures["coverage"] == 2 / 20 and figures["r_cs mean"] == 0.5
+    assert figures["KL"] == pytest.approx(0.75 * math.log(0.75 * 20) + 0.25 * math.log(0.25 * 20))
+    assert figures["std"] == pytest.approx(np.std([15, 5] + [0] * 18))
+    assert figures["r_cs range"] == 0.5 and figures["r_cs std"] == pytest.approx(0.25)
+    assert figures["rank"] == pytest.approx(0.75 * 1 + 0.25 * 20)
+    even = datasets.diversity(torch.arange(20).view(2, 10), r_cs, data)
+    assert even["coverage"] == 1 and even["KL"] == pytest.approx(0) and even["std"] == pytest.approx(0)
 
 
 # -------------------------------------------------------------------------------------- 11. the whole road
@@ -840,10 +1127,12 @@ def table(text):
     return [line.split()[:-1] for line in text.splitlines() if line.startswith(rows)]
 
 
+@pytest.mark.parametrize("backbone", ["tiger", "letter"])
 @pytest.mark.parametrize("loss", list(g.METHODS))
-def test_every_method_runs_end_to_end(world, capsys, loss):
-    out = run(capsys, "--loss", loss).out
+def test_every_method_and_backbone_runs_end_to_end(world, capsys, loss, backbone):
+    out = run(capsys, "--loss", loss, "--backbone", backbone, "--group", "4").out
     assert [row[0] for row in table(out)] == ["popularity", "SASRec", "SFT", "then"] and f"then {loss}" in out
+    assert "overlap with the 10 nearest items of SASRec" in out
 
 
 def test_a_run_repeats_itself_and_stages_are_kept(world, capsys):
@@ -863,7 +1152,7 @@ def test_a_run_repeats_itself_and_stages_are_kept(world, capsys):
 
 def test_only_what_depends_on_a_setting_is_done_again(world, capsys):
     run(capsys)
-    for flags, stages in [(["--k", "3"], {"finetune"}), (["--sasrec-epochs", "1"], {"sasrec", "finetune"}),
+    for flags, stages in [(["--k", "3"], {"finetune"}), (["--beta", "2"], set()), (["--temperature", "0.9"], set()), (["--sasrec-epochs", "1"], {"sasrec", "finetune"}),
                           (["--lr", "0.02"], {"sft", "finetune"}),
                           (["--commitment", "0.5"], {"codes", "sft", "finetune"})]:
         lines = [line.split() for line in run(capsys, *flags).out.splitlines() if " in runs" in line]
@@ -896,8 +1185,8 @@ def test_own_codes_vectors_and_from_scratch(world, capsys):
 @pytest.mark.parametrize("flags, words", [
     (["--dataset", "beuty"], "unknown dataset 'beuty'"),
     (["--dataset", "."], "does not exist or is not a file"),
-    (["--reward", "aug,xx"], "--reward aug,xx must name"), (["--k", "40"], "change --k"),
-    (["--reward-floor", "0"], "must be above 0"), (["--sasrec-dim", "15"], "no multiple of --sasrec-heads"),
+    (["--k", "40"], "change --k"), (["--loss", "sdpo", "--negatives", "30"], "--negatives"),
+    (["--sasrec-dim", "15"], "no multiple of --sasrec-heads"), (["--report", "--runs-dir", "no"], "no holds no finished"),
     (["--codes", "none.json"], "No such file or directory: none.json"),
     (["--precision", "fp16"], "fp16 needs a GPU"),
     (["--item-vectors", "none.npy"], "none.npy"), (["--device", "tpu"], "--device tpu is not auto")])
@@ -909,6 +1198,7 @@ def test_bad_settings_are_one_sentence(world, capsys, flags, words):
 @pytest.mark.parametrize("flags, words", [
     (["--los", "tb"], "unrecognized arguments: --los tb (did you mean --loss?)"),
     (["--k", "many"], "invalid int value"), (["--loss", "tbb"], "invalid choice: 'tbb'"),
+    (["--reward", "aug,xx"], "invalid choice: 'aug,xx'"), (["--show", "-1"], "--show -1 must be at least 0"),
     (["--k", "0"], "--k 0 must be at least 1"), (["--lam", "-1"], "--lam -1.0 must be at least 0"),
     (["--lr", "nan"], "--lr nan must be"), (["--dropout", "1"], "--dropout 1.0 must be at least 0")])
 def test_wrong_flags_are_one_sentence(capsys, flags, words):
@@ -966,6 +1256,67 @@ def test_foreign_and_damaged_checkpoints_are_refused(world, capsys):
     assert "holds a model of another size" in run(capsys, expect=1).err
     path.write_bytes(path.read_bytes()[:100])
     assert "is damaged or not of this program" in run(capsys, expect=1).err
+
+
+def test_diversity_and_case_studies_are_printed(world, capsys):
+    out = run(capsys, "--diversity", "--show", "2").out
+    lines = out.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("top 10"))
+    assert lines[at].split()[2:5] == ["coverage", "KL", "std"]
+    assert [line.split()[0] for line in lines[at + 1:at + 5]] == ["popularity", "SASRec", "SFT", "then"]
+    kept = datasets.read_checkpoint(*((path, path.parent.name) for path in (world / "runs/toy").glob("tb-*/*.pt")).__next__())
+    data = datasets.toy(42)
+    users = [i for i, line in enumerate(lines) if line.startswith("user ")]
+    assert len(users) == 2
+    for i in users:
+        user = int(lines[i].split()[1])
+        sequence = data.items[data.offsets[user]:data.offsets[user + 1]].tolist()
+        history = [line.strip() for line in lines[i + 1:i + len(sequence)]]
+        assert history == [data.titles[item] for item in sequence[:-1]]
+        assert lines[i + len(sequence)] == "=> " + data.titles[sequence[-1]]
+        pairs = lines[i + len(sequence) + 2:i + len(sequence) + 12]
+        assert [line[50:] for line in pairs] == [data.titles[item][:44] for item in kept["top"][user, :10]]
+        found = {line[3:47].strip() for line in pairs}
+        assert all(("*" in line[47:50]) == (line[50:] not in found) or "=>" in line[47:50] for line in pairs)
+
+
+def test_report_has_mean_spread_and_the_papers_figures(tmp_path):
+    def keep(name, test, **config):
+        folder = tmp_path / "Beauty" / name
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"dataset": "beauty", "seed": 1, **config}))
+        (folder / "metrics.jsonl").write_text(json.dumps({"test": dict.fromkeys(("R@5", "R@10", "N@5", "N@10"), test)}))
+        (folder / "checkpoint.pt").touch()
+
+    both = dict(backbone="tiger", sft_epochs=10.0)
+    keep("sasrec-1", 0.07, sasrec_dim=128)
+    keep("sft-1", 0.05, **both)
+    for i, test in enumerate((0.04, 0.06)):
+        keep(f"tb-{i}", test, **both, loss="tb", k=4, confidence=True)
+    keep("tb-8", 0.03, **both, loss="tb", k=8, confidence=True)
+    keep("tb-9", 0.02, **both, loss="tb", k=4, confidence=False)
+    keep("db-1", 0.01, **{**both, "sft_epochs": 3.0}, loss="db", k=4, confidence=True)
+    (tmp_path / "Beauty" / "tb-0" / "checkpoint.pt").with_name("other.txt").touch()
+    keep("tb-cut-off", 0.9, **both, loss="tb")
+    (tmp_path / "Beauty" / "tb-cut-off" / "metrics.jsonl").write_text('{"step": 1}')
+    first, second = datasets.report(tmp_path, g.Config, g.PRESETS).split("## Beauty")[1:]
+    first, second = sorted((first, second), key=lambda text: "--sft-epochs" in text)
+    assert "|  | SASRec | 0.0700 | 0.0700 | 0.0700 | 0.0700 | 1 |" in first
+    assert "| tiger | SFT | 0.0500 | 0.0500 [0.0558] | 0.0500 | 0.0500 | 1 |" in first
+    assert "| tiger | tb | 0.0500 ± 0.0141 | 0.0500 ± 0.0141 [0.0651] |" in first and "0.9" not in first
+    assert "| tiger | db |  |  |  |  |  |" in first and "| letter | tb |  |  |  |  |  |" in first
+    rows = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in first.splitlines() if line.startswith("| `--")}
+    assert rows["`--k 8`"][3:6] == ["0.0300", "0.0300", "1"] and rows["`--no-confidence`"][3] == "0.0200"
+    assert len(rows) == 10 and rows["`--reward aug`"][3] == ""
+    assert "`python gflowgr.py --dataset beauty --sft-epochs 3.0 ..`" in second and "| tiger | db | 0.0100 |" in second
+
+
+def test_report_reads_what_runs_have_kept(world, capsys):
+    run(capsys, "--loss", "grpo", "--group", "2")
+    run(capsys, "--sampler", "none")
+    out = run(capsys, "--report").out
+    assert out.count("## toy") == 1 and "--group 2 ..`" in out     # which tb does not depend on: it stands with grpo
+    assert sum(line.count(" 1 |") for line in out.splitlines()) == 4    # SASRec, SFT, grpo; tb's ablation
 
 
 def test_choices_are_the_methods():
