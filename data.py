@@ -279,7 +279,6 @@ class Examples:
     user: torch.Tensor     # (E,)
     pad: int               # the id that fills short histories: N
 
-
     def to(self, device) -> Examples:
         return Examples(*(t.to(device) for t in (self.items, self.start, self.end, self.user)), self.pad)
 
@@ -624,14 +623,22 @@ def diversity(recommended: torch.Tensor, r_cs: torch.Tensor, data: Data) -> dict
             "r_cs std": r_cs.std(1, correction=0).mean().item(), "rank": (share * rank).sum().item()}
 
 
-def results(run: Run, metrics: Callable) -> dict[str, dict]:
-    """What the stages of a run recommend to the test users, and popularity beside it, with their metrics."""
+def summary(run: Run, metrics: Callable, scores: Callable, r_cs: Callable) -> str:
+    """The tables of a run that went through all stages. metrics: item ids (U, W) and targets (U,) -> figures;
+    scores: histories (B, T) -> every item's collaborative score (B, N); r_cs: those and items (B, M) -> the
+    items' collaborative rewards (B, M)."""
     popular = top(popularity(run.data)[None], 20).expand(run.data.n_users, -1)
     test = metrics(popular, run.data.items[run.data.offsets[1:] - 1])
     if run.data.liked is not None:
         test["liked"] = liked_unseen(popular, run.data)
-    return {"popularity": {"test": test, "top": popular}, "SASRec": run.results["sasrec"],
-            "SFT": run.results["sft"], f"then {run.cfg.loss}": run.results["finetune"]}
+    results = {"popularity": {"test": test, "top": popular}, "SASRec": run.results["sasrec"],
+               "SFT": run.results["sft"], f"then {run.cfg.loss}": run.results["finetune"]}
+    parts = [results_table(run, results)]
+    if run.cfg.diversity:
+        parts.append(diversity_table(run, results, scores, r_cs))
+    if run.cfg.show:
+        parts.append(case_studies(run, results, run.cfg.show))
+    return "\n\n".join(parts)
 
 
 def results_table(run: Run, results: dict[str, dict]) -> str:
@@ -647,8 +654,7 @@ def results_table(run: Run, results: dict[str, dict]) -> str:
 
 
 def diversity_table(run: Run, results: dict[str, dict], scores: Callable, r_cs: Callable) -> str:
-    """`diversity` of each result's lists of the test users. scores: histories (B, T) -> every item's
-    collaborative score (B, N); r_cs: those and items (B, M) -> the items' collaborative rewards (B, M)."""
+    """`diversity` of each result's lists of the test users; scores, r_cs: as in `summary`."""
     lists = [result["top"][:, :10].long() for result in results.values()]
     together, examples = torch.cat(lists, 1).clamp(max=run.data.n_items - 1).to(run.device), run.parts["test"]
     found = torch.cat([r_cs(scores(examples.batch(rows)[0]), together[rows]).cpu()
@@ -766,7 +772,7 @@ def report(runs: Path, settings: type, presets: dict[str, dict]) -> str:
         raise DataError(f"{runs} holds no finished training; train first, or name another --runs-dir")
     losses = next(f.metadata["choices"] for f in dataclasses.fields(settings) if f.name == "loss")
     shown = []
-    for model in sorted(models, key=lambda model: model.label in ("SASRec", "SFT")):   # these also stand with others
+    for model in sorted(models, key=lambda model: model.label in ("SASRec", "SFT")):   # stand with the others
         if model in shown or model.label == "SASRec":
             continue
         members = [other for other in models if other.dataset == model.dataset and other.common == {
@@ -790,8 +796,7 @@ class Parser(argparse.ArgumentParser):
 
 def command_line(settings: type, presets: dict[str, dict], argv: list[str] | None, prog: str, about: str):
     """An instance of the dataclass `settings` from the command line: one flag for each field, whose metadata
-    hold "help", "group", "choices" and "below"; presets are other defaults for a --dataset. Numbers must be 0
-    or more, integers but the seed 1 or more, unless their default is 0."""
+    hold "help", "group", "choices", "low" and "below"; presets are other defaults for a --dataset."""
     fields = {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(settings)}
     parser = Parser(prog=prog, usage=f"python {prog} [--SETTING VALUE ...]", description=about,
                     allow_abbrev=False)
@@ -807,9 +812,9 @@ def command_line(settings: type, presets: dict[str, dict], argv: list[str] | Non
     parser.set_defaults(**presets.get(parser.parse_args(argv).dataset, {}))
     values = vars(parser.parse_args(argv))
     for flag, f in fields.items():
-        value, low = values[f.name], 1 if type(f.default) is int and f.default and f.name != "seed" else 0
-        if type(f.default) in (int, float) and not low <= value < f.metadata["below"]:
-            parser.error(f"{flag} {value} must be at least {low} and below {f.metadata['below']:g}")
+        low, below = f.metadata["low"], f.metadata["below"]
+        if type(f.default) in (int, float) and not low <= values[f.name] < below:
+            parser.error(f"{flag} {values[f.name]} must be at least {low} and below {below:g}")
     return settings(**values)
 
 

@@ -11,7 +11,6 @@ where the probability of each path is its share of all reward:
 
     python gflowgr.py --loss tb                       a toy world, nothing to download
     python gflowgr.py --loss tb --dataset beauty      Amazon Beauty, all stages
-    python gflowgr.py --loss db --dataset beauty      after that: only the last stage is trained anew
 
 Shapes, everywhere:
     B  histories in a batch     T  items in a history      N  items in the catalogue     U  users
@@ -40,16 +39,18 @@ from data import DataError, Run
 
 # ============================================================================================= 1. settings
 
-def knob(default, group: str, text: str, choices: tuple = (), below: float = 1e9):
+def knob(default, group: str, text: str, choices: tuple = (), low: float | None = None, below: float = 1e9):
     """One setting: its default, the group of settings it belongs to, its meaning, and what it may be."""
-    return field(default=default, metadata={"group": group, "help": text, "choices": choices, "below": below})
+    low = low if low is not None else 1 if type(default) is int else 0
+    return field(default=default, metadata=dict(
+        group=group, help=text, choices=choices, low=low, below=below))
 
 
 @dataclass(frozen=True)
 class Config:
     """Every setting, once. [paper]: as the paper, TIGER or LETTER has it; [ours]: left open, or we differ."""
     dataset: str = knob("toy", "data", "toy, beauty, yelp, instruments, or a folder of your own")
-    seed: int = knob(42, "data", "fixes every random choice: on a CPU two runs print the same table")
+    seed: int = knob(42, "data", "fixes every random choice: on a CPU two runs print the same table", low=0)
 
     item_vectors: str = knob("", "vectors", "a .npy file of your own item vectors, not TF-IDF + SVD")
     vector_dim: int = knob(128, "vectors", "dimensions of the TF-IDF + SVD item vectors [ours]")
@@ -63,7 +64,7 @@ class Config:
     code_epochs: int = knob(250, "codes", "passes of the RQ-VAE over the items [ours]")
     alignment: float = knob(0.02, "letter", "weight of LETTER's alignment with SASRec's item vectors [paper]")
     even_codes: float = knob(1e-4, "letter", "weight of LETTER's diversity of codes [paper]")
-    temperature: float = knob(0.7, "letter", "of LETTER's softmax over codes, 0.7 to 1 [paper]")
+    temperature: float = knob(0.7, "temperature", "of LETTER's softmax, 0.7 to 1 [paper]", low=0.01)
 
     max_history: int = knob(20, "training", "items of a history that the models see [paper]")
     weight_decay: float = knob(0.01, "training", "decoupled weight decay of SASRec and the generator [ours]")
@@ -109,7 +110,7 @@ class Config:
     negatives: int = knob(3, "preference", "random negatives of sdpo [paper]")
     sprec_beta: float = knob(0.1, "preference", "beta of sprec [paper]")
     iterations: int = knob(5, "preference", "self-play iterations of sprec [paper]")
-    group: int = knob(16, "policy", "draws from the policy for each history, of ppo and grpo [paper]")
+    group: int = knob(16, "policy", "draws from the policy for each history, of ppo and grpo [paper]", low=2)
     clip: float = knob(0.2, "policy", "how far the ratio of ppo and grpo may leave 1 [paper]")
     kl: float = knob(1e-3, "policy", "weight of the KL to the reference in ppo and grpo [paper]")
 
@@ -117,7 +118,7 @@ class Config:
     runs_dir: str = knob("runs", "run", "where every stage's result is kept")
     device: str = knob("auto", "run", "auto (CUDA where there is one), cpu or cuda")
     diversity: bool = knob(False, "run", "also print how varied each top 10 is (Section 4.5)")
-    show: int = knob(0, "run", "also print the history and the top 10 of this many test users")
+    show: int = knob(0, "run", "also print the history and the top 10 of this many test users", low=0)
     report: bool = knob(False, "run", "only print the paper's Tables 1 and 2 from what lies in runs/")
 
 
@@ -227,7 +228,7 @@ def even_codes_loss(codebook: Tensor, cluster: Tensor, codes: Tensor) -> Tensor:
     so that codes lie evenly and are used evenly -> scalar. codebook (C, d), cluster (C,), codes (B,)."""
     own = F.one_hot(codes, len(codebook)).bool()                                    # (B, C)
     partner = (cluster[codes][:, None] == cluster) & ~own
-    label = (torch.rand(own.shape, device=own.device) * partner).argmax(1)
+    label = torch.rand(own.shape, device=own.device).masked_fill(~partner, -1).argmax(1)
     label = label.masked_fill(~partner.any(1), -100)                                # alone: left out
     logits = (codebook[codes] @ codebook.T).masked_fill(own, -torch.inf)
     return F.cross_entropy(logits, label, reduction="sum") / len(codes)
@@ -442,8 +443,8 @@ class T5(nn.Module):
 
     def decode(self, tokens: Tensor, memory: Memory, past: list | None = None) -> tuple[Tensor, list]:
         """Tokens (B, P, S) of P paths per history, the very first being 0 -> states (B, P, S, d), the cache.
-        State l is s_l: it has read y_1 .. y_l and predicts y_{l+1}. Behind `past`, the cache of earlier steps,
-        S counts new ones."""
+        State l is s_l: it has read y_1 .. y_l and predicts y_{l+1}. After `past`, the cache of earlier
+        steps, S counts new ones."""
         steps = tokens.shape[2]
         total = steps + (past[0][0].shape[2] if past else 0)
         x = self.embed(tokens).flatten(0, 1)                                        # (B * P, S, d)
@@ -608,9 +609,9 @@ def dpo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     return -F.logsigmoid(-(beta * (rejected - chosen[:, None])).logsumexp(1))
 
 
-def ipa(margin: Tensor, reward: Tensor, beta: float) -> Tensor:
-    """IPA: DPO of the path of best reward against that of the worst. margin D, reward (B, P) -> (B,)."""
-    best, worst = reward.argmax(1, keepdim=True), reward.argmin(1, keepdim=True)
+def ipa(margin: Tensor, rewards: Tensor, beta: float) -> Tensor:
+    """IPA: DPO of the path of best reward against that of the worst. margin D, rewards (B, P) -> (B,)."""
+    best, worst = rewards.argmax(1, keepdim=True), rewards.argmin(1, keepdim=True)
     return dpo(margin.gather(1, best).squeeze(1), margin.gather(1, worst), beta)
 
 
@@ -624,17 +625,18 @@ def clipped_loss(log_p: Tensor, log_old: Tensor, log_ref: Tensor, advantage: Ten
     return kl * (log_q.exp() - 1 - log_q) - gain
 
 
-def ppo(log_p: Tensor, log_old: Tensor, log_ref: Tensor, reward: Tensor, value: Tensor, clip: float,
+def ppo(log_p: Tensor, log_old: Tensor, log_ref: Tensor, rewards: Tensor, value: Tensor, clip: float,
         kl: float) -> Tensor:
     """PPO: the advantage is R - V(x), whose square trains V. value (B,), the others (B, P) -> (B,)."""
-    error = reward - value[:, None]
+    error = rewards - value[:, None]
     return (clipped_loss(log_p, log_old, log_ref, error.detach(), clip, kl) + 0.5 * error.square()).mean(1)
 
 
-def grpo(log_p: Tensor, log_old: Tensor, log_ref: Tensor, reward: Tensor, clip: float, kl: float) -> Tensor:
+def grpo(log_p: Tensor, log_old: Tensor, log_ref: Tensor, rewards: Tensor, clip: float, kl: float) -> Tensor:
     """GRPO: the advantage is how many of its group's standard deviations a reward is above the group's mean.
     (B, P) each -> (B,)."""
-    advantage = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, correction=0, keepdim=True) + 1e-4)
+    spread = rewards.std(1, correction=0, keepdim=True)
+    advantage = (rewards - rewards.mean(1, keepdim=True)) / (spread + 1e-4)
     return clipped_loss(log_p, log_old, log_ref, advantage, clip, kl).mean(1)
 
 
@@ -643,7 +645,7 @@ class Paths(NamedTuple):
     items: Tensor       # (B, P)
     reward: Tensor      # (B, P) R
     weight: Tensor      # (B, P) w of Eq. 8
-    log_old: Tensor | None      # (B, P - 1) log p of the drawn ones, by the policy that drew them
+    log_old: Tensor | None      # (B, P) log p by the policy that drew them
     log_ref: Tensor | None      # (B, P) log p by the reference policy
     log_pf: Tensor | None       # (B, P, L) log P_F of each step, by the generator in training
     log_flow: Tensor | None     # (B, P, L) log F of s_0 .. s_{L-1}, by the same
@@ -658,35 +660,36 @@ class Paths(NamedTuple):
         return margin[:, 0], margin[:, 1:]
 
     def drawn(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """log p, log p_old, log p_ref and R of the drawn paths, (B, P - 1) each."""
-        return self.log_pf[:, 1:].sum(-1), self.log_old, self.log_ref[:, 1:], self.reward[:, 1:]
+        """log p, log p_old, log p_ref and R of the paths beside the observed one, (B, P - 1) each."""
+        return tuple(x[:, 1:] for x in (self.log_pf.sum(-1), self.log_old, self.log_ref, self.reward))
 
 
 class Method(NamedTuple):
     """A way of fine-tuning: where its trajectories come from x the objective put on them."""
-    source: str             # of the paths beside the observed one: none, curriculum, random, beam or draws
-    paths: str | int        # how many of them, or the setting that says so
-    groups: tuple           # of settings that it has; preference and policy also mean: it has a reference
+    source: str             # of the paths beside the observed one; beam and draws are the generator's own
+    paths: Callable         # Config -> how many of those
+    groups: tuple           # of settings that it has
     cost: float             # time of its training step over SFT's, measured on two cores (README)
     objective: Callable     # (Paths, Config) -> (B,)
 
 
 METHODS = {
-    "sft": Method("none", 0, (), 1.0, lambda y, cfg: sft(y.log_pf[:, 0])),
-    "db": Method("curriculum", "k", ("reward", "gflownet"), 1.5,
-                 lambda y, cfg: sft(y.log_pf[:, 0]) + cfg.lam * y.balance(detailed_balance)),
-    "tb": Method("curriculum", "k", ("reward", "gflownet"), 1.5,
-                 lambda y, cfg: sft(y.log_pf[:, 0]) + cfg.lam * y.balance(trajectory_balance)),
-    "dpo": Method("random", 1, ("preference",), 1.5, lambda y, cfg: dpo(*y.margins(), cfg.beta)),
-    "sdpo": Method("random", "negatives", ("preference",), 1.5, lambda y, cfg: dpo(*y.margins(), cfg.beta)),
-    "sprec": Method("draws", 1, ("preference",), 1.5,           # left out: draws of the clicked item
-                    lambda y, cfg: (y.items[:, 0] != y.items[:, 1]) * dpo(*y.margins(), cfg.sprec_beta)),
-    "ipa": Method("beam", "beam", ("reward", "preference"), 2.0, lambda y, cfg:
-                  sft(y.log_pf[:, 0]) + cfg.lam * ipa(y.margins()[1], y.reward[:, 1:], cfg.beta)),
-    "ppo": Method("draws", "group", ("reward", "policy"), 2.0,                  # V(x): the flow head at s_0
-                  lambda y, cfg: ppo(*y.drawn(), y.log_flow[:, 0, 0], cfg.clip, cfg.kl)),
-    "grpo": Method("draws", "group", ("reward", "policy"), 2.0,
-                   lambda y, cfg: grpo(*y.drawn(), cfg.clip, cfg.kl)),
+    "sft": Method("none", lambda c: 0, (), 1.0, lambda y, c: sft(y.log_pf[:, 0])),
+    "db": Method("curriculum", lambda c: c.k, ("reward", "gflownet"), 1.5,
+                 lambda y, c: sft(y.log_pf[:, 0]) + c.lam * y.balance(detailed_balance)),
+    "tb": Method("curriculum", lambda c: c.k, ("reward", "gflownet"), 1.5,
+                 lambda y, c: sft(y.log_pf[:, 0]) + c.lam * y.balance(trajectory_balance)),
+    "dpo": Method("random", lambda c: 1, ("preference",), 1.5, lambda y, c: dpo(*y.margins(), c.beta)),
+    "sdpo": Method("random", lambda c: c.negatives, ("preference",), 1.5,
+                   lambda y, c: dpo(*y.margins(), c.beta)),
+    "sprec": Method("draws", lambda c: 1, ("preference",), 1.5,     # left out: draws of the clicked item
+                    lambda y, c: (y.items[:, 0] != y.items[:, 1]) * dpo(*y.margins(), c.sprec_beta)),
+    "ipa": Method("beam", lambda c: c.beam, ("reward", "preference"), 2.0, lambda y, c:
+                  sft(y.log_pf[:, 0]) + c.lam * ipa(y.margins()[1], y.reward[:, 1:], c.beta)),
+    "ppo": Method("draws", lambda c: c.group, ("reward", "policy"), 2.0,        # V(x): the flow head at s_0
+                  lambda y, c: ppo(*y.drawn(), y.log_flow[:, 0, 0], c.clip, c.kl)),
+    "grpo": Method("draws", lambda c: c.group, ("reward", "policy"), 2.0,
+                   lambda y, c: grpo(*y.drawn(), c.clip, c.kl)),
 }
 
 
@@ -695,10 +698,11 @@ class FineTuning:
 
     def __init__(self, model: T5, sasrec: SASRec, catalogue: Catalogue, cfg: Config):
         self.model, self.sasrec, self.catalogue, self.cfg = model, sasrec, catalogue, cfg
-        self.old = self.reference = None            # the policy that draws paths; the policy as it began
-        if METHODS[cfg.loss].source not in ("none", "curriculum"):
-            self.old = copy.deepcopy(model).eval().requires_grad_(False)
-            self.reference = self.old if cfg.loss == "sprec" else copy.deepcopy(self.old)
+        source, self.old, self.reference = METHODS[cfg.loss].source, None, None
+        if source not in ("none", "curriculum"):        # the policy as it began
+            self.reference = copy.deepcopy(model).eval().requires_grad_(False)
+        if source in ("beam", "draws"):                 # the policy that draws; for sprec the reference, too
+            self.old = self.reference if cfg.loss == "sprec" else copy.deepcopy(self.reference)
 
     def refresh(self, step: int, steps: int) -> None:
         """After every 8 training steps, for sprec after an iteration: draw from the policy of now."""
@@ -711,22 +715,23 @@ class FineTuning:
         """The observed items (B,) and those beside them, their reward, and what frozen policies say of them;
         what a method has no use for is left empty. history (B, T), progress in [0, 1]."""
         cfg, catalogue, n_items = self.cfg, self.catalogue, len(self.catalogue.codes)
-        source = cfg.sampler if method.source == "curriculum" else method.source
-        n = getattr(cfg, method.paths) if isinstance(method.paths, str) else method.paths
+        source, n = cfg.sampler if method.source == "curriculum" else method.source, method.paths(cfg)
         items, log_old, log_ref, rewarded = target[:, None], None, None, "reward" in method.groups
-        scores = self.sasrec.scores(history) if rewarded else items.float().expand(-1, n_items)
+        scores = torch.zeros(items.shape, device=items.device).expand(-1, n_items)
+        if rewarded:
+            scores = self.sasrec.scores(history)
         if source in ("curriculum", "random"):
             pool = torch.randperm(n_items, device=target.device)[:cfg.pool]
             beta = cfg.hardness * (2 * progress - 1) if source == "curriculum" else 0.0
             clicked = torch.cat([history, items], 1)
             items = torch.cat([items, curriculum_sample(scores[:, pool], pool, clicked, n, beta)], 1)
-        if source in ("beam", "draws"):                                             # see section 10
-            memory = catalogue.read(self.old, history)
-            drawn, log_old = beam_search(self.old, catalogue, memory, min(n, n_items), source == "draws")
+        if source in ("beam", "draws"):
+            memory, draws = catalogue.read(self.old, history), source == "draws"
+            drawn = beam_search(self.old, catalogue, memory, n if draws else min(n, n_items), draws)[0]
             items = torch.cat([items, drawn], 1)
-        if self.reference is not None and source != "none":
-            if self.old is not self.reference:
-                memory = catalogue.read(self.reference, history)
+            log_ref = log_old = path_log_probs(self.old, catalogue, memory, items)[0].sum(-1)
+        if source != "none" and self.reference is not self.old:
+            memory = catalogue.read(self.reference, history)
             log_ref = path_log_probs(self.reference, catalogue, memory, items)[0].sum(-1)
         r_aug = (items == target[:, None]).float()
         r_cs = collaborative_score(scores, items) if rewarded else r_aug
@@ -738,14 +743,15 @@ class FineTuning:
         """The method's loss, its mean over B -> scalar; Eq. 7 for tb and db. Gradients reach the model alone.
         history (B, T), target (B,), progress in [0, 1]."""
         model, cfg = self.model, self.cfg
-        fit_clicks = cfg.loss == "sprec" and progress * cfg.iterations % 1 < 0.5    # SFT, then DPO, in turn
-        method = METHODS["sft" if fit_clicks else cfg.loss]
+        first_half = -progress * cfg.iterations % 1 >= 0.5          # of an iteration of sprec: SFT, then DPO
+        method = METHODS["sft" if cfg.loss == "sprec" and first_half else cfg.loss]
         paths = self.trajectories(method, history, target, progress)
-        if "policy" in method.groups:
+        if paths.log_ref is not None:
             model.eval()        # without dropout: the ratio of two policies must not be its noise
         memory = self.catalogue.read(model, history)
         log_pf, log_flow = path_log_probs(model, self.catalogue, memory, paths.items)
-        log_z = 10 * model.scalar_z if cfg.z == "scalar" else log_flow[:, :1, :1]   # one for all P paths
+        scalar_z = "gflownet" in method.groups and cfg.z == "scalar"
+        log_z = 10 * model.scalar_z if scalar_z else log_flow[:, :1, :1]                # one for all P paths
         log_flow = torch.cat([log_z.expand_as(log_flow[..., :1]), log_flow[..., 1:]], -1)
         return method.objective(paths._replace(log_pf=log_pf, log_flow=log_flow), cfg).mean()
 
@@ -755,9 +761,9 @@ class FineTuning:
 def fit(model: nn.Module, title: str, loss_of: Callable, batches: Iterator[Tensor], steps: int,
         optimiser: torch.optim.Optimizer, log: Callable, dtype: torch.dtype = torch.float32,
         evaluations: int = 0, validate: Callable | None = None,
-        after: Callable = lambda step: None) -> dict[str, Tensor]:
+        after: Callable = lambda step: None) -> None:
     """The one loop that trains all models. loss_of(rows, progress) -> scalar; validate() -> metrics, whose
-    N@10 chooses the state to return (without it, the last); after(step) follows a step. Raises DataError."""
+    N@10 chooses the state to end with (without, the last); after(step) follows a step. Raises DataError."""
     device, peak = next(model.parameters()).device, optimiser.param_groups[0]["lr"]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     checks = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
@@ -784,7 +790,7 @@ def fit(model: nn.Module, title: str, loss_of: Callable, batches: Iterator[Tenso
                     raise DataError(f"{title}: the loss is {value} at step {step}; lower rates or weights")
                 progress.report(step, len(rows), value, metrics)
             progress.bar.update()
-    return best or copy.deepcopy(model.state_dict())
+    model.load_state_dict(best or model.state_dict())
 
 
 # =================================================================================== 10. decoding, metrics
@@ -831,14 +837,14 @@ def ranking_metrics(recommended: Tensor, target: Tensor) -> dict[str, float]:
 
 def needs(cfg: Config) -> dict[str, tuple[str, ...]]:
     """Stage -> the groups of settings that its result depends on: the key of its cache."""
-    letter = ("training", "sasrec", "letter") if cfg.backbone == "letter" else ()
-    codes = ("data", "vectors", "codes", *letter)
+    letter = cfg.backbone == "letter"
+    codes = ("data", "vectors", "codes", *(("training", "sasrec", "letter") if letter else ()))
+    sft = (*codes, "training", "sft", *(("temperature",) if letter else ()))
     return {"sasrec": ("data", "training", "sasrec"), "vectors": ("data", "vectors"), "codes": codes,
-            "sft": (*codes, "training", "sft"),
-            "finetune": (*codes, "training", "sasrec", "sft", "finetune", *METHODS[cfg.loss].groups)}
+            "sft": sft, "finetune": (*sft, "sasrec", "finetune", *METHODS[cfg.loss].groups)}
 
 
-def train(run: Run, stage: str, model: nn.Module, recommend: Callable, loss_of: Callable,
+def train(run: Run, title: str, model: nn.Module, recommend: Callable, loss_of: Callable,
           batches: Iterator[Tensor], steps: int, optimiser: torch.optim.Optimizer, log: Callable,
           after: Callable = lambda step: None) -> dict:
     """Fit a recommender, choose its state on validation users, score all of them and, once, the test users.
@@ -847,13 +853,12 @@ def train(run: Run, stage: str, model: nn.Module, recommend: Callable, loss_of: 
         items, target = run.recommended(model, recommend, part, rows)
         return items, ranking_metrics(items, target)
 
-    state = fit(model, stage, loss_of, batches, steps, optimiser, log, run.dtype, run.cfg.evaluations,
-                lambda: score("valid", run.valid_rows)[1], after)
-    model.load_state_dict(state)
+    fit(model, title, loss_of, batches, steps, optimiser, log, run.dtype, run.cfg.evaluations,
+        lambda: score("valid", run.valid_rows)[1], after)
     top, test = score("test")
     if run.data.liked is not None:
         test["liked"] = datasets.liked_unseen(top, run.data)
-    return {"state": state, "valid": score("valid")[1], "test": test, "top": top.int().cpu()}
+    return {"state": model.state_dict(), "valid": score("valid")[1], "test": test, "top": top.int().cpu()}
 
 
 def train_codes(run: Run, vectors: Tensor, collaborative: Tensor, log: Callable) -> Tensor:
@@ -897,6 +902,8 @@ def item_codes(run: Run, sasrec: SASRec) -> Catalogue:
     def build(log: Callable) -> dict:
         if cfg.codes:
             codes = datasets.read_codes(Path(cfg.codes), data.n_items)
+            if codes.shape[1] > 1 and torch.equal(unique_paths(codes[:, :-1]), codes):  # it only counts twins
+                codes = codes[:, :-1]
         else:
             vectors = run.stage("vectors", lambda log: {"x": datasets.item_vectors(cfg, data)})["x"]
             collaborative = datasets.principal_vectors(sasrec.item.weight[:-1], cfg.code_dim)
@@ -944,10 +951,9 @@ def train_generator(run: Run, stage: str, catalogue: Catalogue, sasrec: SASRec, 
     model.to(run.device)
 
     def build(log: Callable) -> dict:
-        pairs, epochs = run.parts["train"], cfg.finetune_epochs if stage == "finetune" else 0
-        if cfg.from_scratch:
-            epochs += cfg.sft_epochs
-        else:
+        pairs, epochs = run.parts["train"], cfg.finetune_epochs * (stage == "finetune")
+        epochs += cfg.sft_epochs * cfg.from_scratch
+        if not cfg.from_scratch:
             datasets.load_state(model, initial, run.folder("sft"))
         steps = max(1, round(epochs * math.ceil(len(pairs) / cfg.batch) / METHODS[cfg.loss].cost))
         tuning = FineTuning(model, sasrec, catalogue, cfg)
@@ -968,9 +974,9 @@ def run_all(cfg: Config) -> str:
     if cfg.report:
         return datasets.report(Path(cfg.runs_dir), Config, PRESETS)
     run = Run(cfg, needs(cfg))
-    unclicked = max(0, min(cfg.pool, run.data.n_items) - cfg.max_history - 1)
-    asked = {"curriculum": cfg.k * (cfg.sampler != "none"), "random": cfg.negatives}
-    if asked.get(METHODS[cfg.loss].source, 0) > unclicked:
+    longest = min(cfg.max_history, int(run.data.offsets.diff().max()) - 3)
+    unclicked, method = max(0, min(cfg.pool, run.data.n_items) - longest - 1), METHODS[cfg.loss]
+    if method.source in ("curriculum", "random") and cfg.sampler != "none" and method.paths(cfg) > unclicked:
         raise DataError(f"only {unclicked} items of a pool of {cfg.pool} are surely unclicked; change --k, "
                         "--negatives, --max-history or --pool, or use --sampler none")
     sasrec = train_sasrec(run)
@@ -979,13 +985,7 @@ def run_all(cfg: Config) -> str:
     start = train_generator(run, "sft", catalogue, sasrec, {})
     train_generator(run, "finetune", catalogue, sasrec, start.state_dict())
 
-    results = datasets.results(run, ranking_metrics)
-    tables = [datasets.results_table(run, results)]
-    if cfg.diversity:
-        tables.append(datasets.diversity_table(run, results, sasrec.scores, collaborative_score))
-    if cfg.show:
-        tables.append(datasets.case_studies(run, results, cfg.show))
-    return "\n\n".join(tables)
+    return datasets.summary(run, ranking_metrics, sasrec.scores, collaborative_score)
 
 
 def main(argv: list[str] | None = None) -> int:
