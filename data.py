@@ -467,6 +467,14 @@ class Run:
         print(f"{data.name}: {data.n_users:,} users, {data.n_items:,} items, {len(self.parts['train']):,} "
               f"training pairs; {self.device}, {self.cfg.precision}, seed {cfg.seed}", flush=True)
 
+    def check_unclicked(self, k: int) -> None:
+        """Raises DataError where a pool may hold fewer than k items that a user has not clicked."""
+        longest = min(self.cfg.max_history, int(self.data.offsets.diff().max()) - 3)
+        unclicked = max(0, min(self.cfg.pool, self.data.n_items) - longest - 1)
+        if k > unclicked:
+            raise DataError(f"only {unclicked} items of a pool of {self.cfg.pool} are surely unclicked; "
+                            "change --k, --negatives, --max-history or --pool, or use --sampler none")
+
     @torch.no_grad()
     def recommended(self, model: torch.nn.Module, recommend: Callable, part: str,
                     rows: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -51,10 +51,8 @@ class Config:
     """Every setting, once. [paper]: as the paper, TIGER or LETTER has it; [ours]: left open, or we differ."""
     dataset: str = knob("toy", "data", "toy, beauty, yelp, instruments, or a folder of your own")
     seed: int = knob(42, "data", "fixes every random choice: on a CPU two runs print the same table", low=0)
-
     item_vectors: str = knob("", "vectors", "a .npy file of your own item vectors, not TF-IDF + SVD")
     vector_dim: int = knob(128, "vectors", "dimensions of the TF-IDF + SVD item vectors [ours]")
-
     backbone: str = knob("tiger", "codes", "TIGER's RQ-VAE, or LETTER's", ("tiger", "letter"))
     codes: str = knob("", "codes", "a NAME.index.json of ready codes (LETTER's format), not our RQ-VAE's")
     levels: int = knob(3, "codes", "codebooks; one more code makes each path unique [paper]", below=26)
@@ -65,13 +63,11 @@ class Config:
     alignment: float = knob(0.02, "letter", "weight of LETTER's alignment with SASRec's item vectors [paper]")
     even_codes: float = knob(1e-4, "letter", "weight of LETTER's diversity of codes [paper]")
     temperature: float = knob(0.7, "temperature", "of LETTER's softmax, 0.7 to 1 [paper]", low=0.01)
-
     max_history: int = knob(20, "training", "items of a history that the models see [paper]")
     weight_decay: float = knob(0.01, "training", "decoupled weight decay of SASRec and the generator [ours]")
     evaluations: int = knob(8, "training", "how often a training is validated (NDCG@10) [ours]", below=1000)
     valid_users: int = knob(4000, "training", "users of these validations; at the end all count [ours]")
     precision: str = knob("auto", "training", "of matrix products", ("auto", "bf16", "fp16", "fp32"))
-
     sasrec_dim: int = knob(128, "sasrec", "width of SASRec [ours]")
     sasrec_layers: int = knob(2, "sasrec", "layers of SASRec [ours]")
     sasrec_heads: int = knob(2, "sasrec", "attention heads of SASRec [ours]")
@@ -80,7 +76,6 @@ class Config:
     sasrec_batch: int = knob(128, "sasrec", "sequences in a SASRec batch [ours]")
     sasrec_lr: float = knob(1e-3, "sasrec", "peak learning rate of SASRec [ours]")
     sasrec_epochs: int = knob(30, "sasrec", "passes over the users' sequences [ours]")
-
     d_model: int = knob(128, "sft", "width of the generator, d [paper]")
     heads: int = knob(4, "sft", "attention heads, H; TIGER has 6 [ours]")
     d_kv: int = knob(32, "sft", "dimensions of a head; TIGER has 64 [ours]")
@@ -91,7 +86,6 @@ class Config:
     batch: int = knob(256, "sft", "histories in a batch, B [ours]")
     lr: float = knob(0.01, "sft", "peak rate of Adafactor, relative to a weight's size [ours]")
     sft_epochs: float = knob(10.0, "sft", "passes over the training pairs by SFT [ours]")
-
     loss: str = knob("tb", "finetune", "fine-tuning method; sft goes on with SFT",
                      ("sft", "db", "tb", "dpo", "sdpo", "sprec", "ipa", "ppo", "grpo"))
     from_scratch: bool = knob(False, "finetune", "fine-tune an untrained generator, for both trainings' time")
@@ -113,7 +107,6 @@ class Config:
     group: int = knob(16, "policy", "draws from the policy for each history, of ppo and grpo [paper]", low=2)
     clip: float = knob(0.2, "policy", "how far the ratio of ppo and grpo may leave 1 [paper]")
     kl: float = knob(1e-3, "policy", "weight of the KL to the reference in ppo and grpo [paper]")
-
     data_dir: str = knob("data", "run", "where the datasets lie")
     runs_dir: str = knob("runs", "run", "where every stage's result is kept")
     device: str = knob("auto", "run", "auto (CUDA where there is one), cpu or cuda")
@@ -382,10 +375,9 @@ class Block(nn.Module):
         return x + self.dropout(h), present
 
 
-def relative_buckets(queries: int, keys: int, two_sided: bool, buckets=32, furthest=128) -> Tensor:
-    """T5's bucket of each relative position, key - query: (queries, keys) int64. Half of the buckets hold one
-    distance each, the others grow logarithmically up to `furthest`. The queries are the last of the keys."""
-    distance = torch.arange(keys) - torch.arange(keys - queries, keys)[:, None]
+def relative_buckets(distance: Tensor, two_sided: bool, buckets=32, furthest=128) -> Tensor:
+    """T5's bucket of each distance, a key's position - a query's: int64 of the same shape. Half of the
+    buckets hold one distance each, the others grow logarithmically up to `furthest`."""
     offset = torch.zeros_like(distance)
     if two_sided:
         buckets //= 2
@@ -434,32 +426,43 @@ class T5(nn.Module):
         """Tokens (B, M) of histories, 0 where padded -> Memory. Runs once per history, whatever the paths."""
         x, length = self.embed(tokens), tokens.shape[1]
         mask = torch.zeros_like(tokens, dtype=x.dtype).masked_fill(tokens == 0, -torch.inf)[:, None, None]
-        buckets = relative_buckets(length, length, True).to(x.device)
+        position = torch.arange(length, device=tokens.device)
+        buckets = relative_buckets(position - position[:, None], True)
         bias = self.encoder_bias(buckets).permute(2, 0, 1).to(x.dtype) + mask       # (B, H, M, M)
         for block in self.encoder:
             x, _ = block(x, bias)
         x = self.dropout(self.encoder_norm(x))
         return Memory([block.cross.keys_values(x) for block in self.decoder], mask)
 
-    def decode(self, tokens: Tensor, memory: Memory, past: list | None = None) -> tuple[Tensor, list]:
+    def decode(self, tokens: Tensor, memory: Memory, past: list | None = None, depth: Tensor | None = None,
+               apart: Tensor | bool = False) -> tuple[Tensor, list]:
         """Tokens (B, P, S) of P paths per history, the very first being 0 -> states (B, P, S, d), the cache.
-        State l is s_l: it has read y_1 .. y_l and predicts y_{l+1}. After `past`, the cache of earlier
-        steps, S counts new ones."""
+        State l is s_l: it has read y_1 .. y_l and predicts y_{l+1}. After `past`, the cache of earlier steps,
+        S counts new ones. If the S tokens are a tree: their depth (S,), and who may not see whom (S, S)."""
         steps = tokens.shape[2]
-        total = steps + (past[0][0].shape[2] if past else 0)
-        x = self.embed(tokens).flatten(0, 1)                                        # (B * P, S, d)
-        buckets = relative_buckets(steps, total, False).to(x.device)
-        future = torch.full((steps, total), -torch.inf, device=x.device).triu(total - steps + 1)
-        bias = (self.decoder_bias(buckets).permute(2, 0, 1) + future).to(x.dtype)   # (H, S, S')
-        cache = []
+        if depth is None:
+            depth = torch.arange(steps + (past[0][0].shape[2] if past else 0), device=tokens.device)
+        x, distance = self.embed(tokens).flatten(0, 1), depth - depth[-steps:, None]    # (B P, S, d), (S, S')
+        bias = self.decoder_bias(relative_buckets(distance, False)).permute(2, 0, 1)
+        bias, cache = bias.masked_fill((distance > 0) | apart, -torch.inf).to(x.dtype), []
         for i, block in enumerate(self.decoder):
             x, present = block(x, bias, (*memory.layers[i], memory.bias), past[i] if past else None)
             cache.append(present)
         return self.dropout(self.decoder_norm(x)).view(*tokens.shape, -1), cache
 
+    def decode_paths(self, tokens: Tensor, memory: Memory) -> Tensor:
+        """What `decode` gives for paths (B, P, S) that begin at one s_0, as a tree: s_0 is computed once."""
+        (batch, paths, steps), device = tokens.shape, tokens.device
+        depth = F.pad(torch.arange(1, steps, device=device).repeat(paths), (1, 0))
+        path = F.pad(torch.arange(paths, device=device).repeat_interleave(steps - 1), (1, 0), value=-1)
+        apart = (path != path[:, None]) & (path >= 0)
+        tree = torch.cat([tokens[:, 0, :1], tokens[..., 1:].flatten(1)], 1)
+        state, _ = self.decode(tree[:, None], memory, None, depth, apart)         # (B, 1, 1 + P * (S - 1), d)
+        after = state[:, 0, 1:].reshape(batch, paths, steps - 1, state.shape[-1])
+        return torch.cat([state[..., :1, :].expand(-1, paths, -1, -1), after], 2)
+
     def code_logits(self, state: Tensor, level: int) -> Tensor:
-        """States s_level (.., d) -> logits (.., C) of the next code, by T5's tied and scaled embeddings, over
-        LETTER's temperature."""
+        """States s_level (.., d) -> logits (.., C) of the next code, by T5's tied and scaled embeddings."""
         table = self.embedding.weight[1 + level * self.n_codes:1 + (level + 1) * self.n_codes]
         return (state * self.scale) @ table.T.to(state.dtype)
 
@@ -533,7 +536,7 @@ class Catalogue(NamedTuple):
 def path_log_probs(model: T5, catalogue: Catalogue, memory: Memory, items: Tensor) -> tuple[Tensor, Tensor]:
     """How likely each step of the paths of items (B, P) is, after histories that the encoder has read ->
     log_pf (B, P, L), [.., l] being log P_F(s_{l+1} | s_l), and log_flow (B, P, L) of s_0 .. s_{L-1}."""
-    state, _ = model.decode(F.pad(catalogue.tokens[items][..., :-1], (1, 0)), memory)
+    state = model.decode_paths(F.pad(catalogue.tokens[items][..., :-1], (1, 0)), memory)
     path, log_pf = catalogue.trie.path[items], []
     for level in range(model.levels):
         node, logits = path[..., level], model.code_logits(state[..., level, :], level)
@@ -679,16 +682,16 @@ METHODS = {
                  lambda y, c: sft(y.log_pf[:, 0]) + c.lam * y.balance(detailed_balance)),
     "tb": Method("curriculum", lambda c: c.k, ("reward", "gflownet"), 1.5,
                  lambda y, c: sft(y.log_pf[:, 0]) + c.lam * y.balance(trajectory_balance)),
-    "dpo": Method("random", lambda c: 1, ("preference",), 1.5, lambda y, c: dpo(*y.margins(), c.beta)),
+    "dpo": Method("random", lambda c: 1, ("preference",), 1.3, lambda y, c: dpo(*y.margins(), c.beta)),
     "sdpo": Method("random", lambda c: c.negatives, ("preference",), 1.5,
                    lambda y, c: dpo(*y.margins(), c.beta)),
-    "sprec": Method("draws", lambda c: 1, ("preference",), 1.5,     # left out: draws of the clicked item
+    "sprec": Method("draws", lambda c: 1, ("preference",), 1.3,     # left out: draws of the clicked item
                     lambda y, c: (y.items[:, 0] != y.items[:, 1]) * dpo(*y.margins(), c.sprec_beta)),
-    "ipa": Method("beam", lambda c: c.beam, ("reward", "preference"), 2.0, lambda y, c:
+    "ipa": Method("beam", lambda c: c.beam, ("reward", "preference"), 5.0, lambda y, c:
                   sft(y.log_pf[:, 0]) + c.lam * ipa(y.margins()[1], y.reward[:, 1:], c.beta)),
-    "ppo": Method("draws", lambda c: c.group, ("reward", "policy"), 2.0,        # V(x): the flow head at s_0
+    "ppo": Method("draws", lambda c: c.group, ("reward", "policy"), 4.5,        # V(x): the flow head at s_0
                   lambda y, c: ppo(*y.drawn(), y.log_flow[:, 0, 0], c.clip, c.kl)),
-    "grpo": Method("draws", lambda c: c.group, ("reward", "policy"), 2.0,
+    "grpo": Method("draws", lambda c: c.group, ("reward", "policy"), 4.5,
                    lambda y, c: grpo(*y.drawn(), c.clip, c.kl)),
 }
 
@@ -750,9 +753,8 @@ class FineTuning:
             model.eval()        # without dropout: the ratio of two policies must not be its noise
         memory = self.catalogue.read(model, history)
         log_pf, log_flow = path_log_probs(model, self.catalogue, memory, paths.items)
-        scalar_z = "gflownet" in method.groups and cfg.z == "scalar"
-        log_z = 10 * model.scalar_z if scalar_z else log_flow[:, :1, :1]                # one for all P paths
-        log_flow = torch.cat([log_z.expand_as(log_flow[..., :1]), log_flow[..., 1:]], -1)
+        if "gflownet" in method.groups and cfg.z == "scalar":
+            log_flow = torch.cat([(10 * model.scalar_z).expand_as(log_flow[..., :1]), log_flow[..., 1:]], -1)
         return method.objective(paths._replace(log_pf=log_pf, log_flow=log_flow), cfg).mean()
 
 
@@ -974,11 +976,8 @@ def run_all(cfg: Config) -> str:
     if cfg.report:
         return datasets.report(Path(cfg.runs_dir), Config, PRESETS)
     run = Run(cfg, needs(cfg))
-    longest = min(cfg.max_history, int(run.data.offsets.diff().max()) - 3)
-    unclicked, method = max(0, min(cfg.pool, run.data.n_items) - longest - 1), METHODS[cfg.loss]
-    if method.source in ("curriculum", "random") and cfg.sampler != "none" and method.paths(cfg) > unclicked:
-        raise DataError(f"only {unclicked} items of a pool of {cfg.pool} are surely unclicked; change --k, "
-                        "--negatives, --max-history or --pool, or use --sampler none")
+    if METHODS[cfg.loss].source in ("curriculum", "random") and cfg.sampler != "none":
+        run.check_unclicked(METHODS[cfg.loss].paths(cfg))
     sasrec = train_sasrec(run)
     catalogue = item_codes(run, sasrec)
     print(datasets.code_figures(catalogue.codes[:, :catalogue.semantic], sasrec.item.weight[:-1]))
