@@ -907,9 +907,9 @@ def item_codes(run: Run, sasrec: SASRec) -> Catalogue:
             if codes.shape[1] > 1 and torch.equal(unique_paths(codes[:, :-1]), codes):  # it only counts twins
                 codes = codes[:, :-1]
         else:
-            vectors = run.stage("vectors", lambda log: {"x": datasets.item_vectors(cfg, data)})["x"]
+            result = run.stage("vectors", lambda log: {"vectors": datasets.item_vectors(cfg, data)})
             collaborative = datasets.principal_vectors(sasrec.item.weight[:-1], cfg.code_dim)
-            codes = train_codes(run, vectors.to(run.device), collaborative, log).cpu()
+            codes = train_codes(run, result["vectors"].to(run.device), collaborative, log).cpu()
         twins = len(codes.unique(dim=0)) < len(codes)
         return {"codes": unique_paths(codes) if twins else codes, "semantic": codes.shape[1]}
 
