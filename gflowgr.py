@@ -60,7 +60,7 @@ class Config:
     code_dim: int = knob(32, "codes", "dimensions of a code vector [paper]")
     commitment: float = knob(0.25, "codes", "weight of the commitment loss [paper]")
     code_epochs: int = knob(250, "codes", "passes of the RQ-VAE over the items [ours]")
-    alignment: float = knob(0.02, "letter", "weight of LETTER's alignment with SASRec's item vectors [paper]")
+    alignment: float = knob(0.1, "letter", "weight of LETTER's alignment with SASRec's item vectors [paper]")
     even_codes: float = knob(1e-4, "letter", "weight of LETTER's diversity of codes [paper]")
     temperature: float = knob(0.7, "temperature", "of LETTER's softmax, 0.7 to 1 [paper]", low=0.01)
     max_history: int = knob(20, "training", "items of a history that the models see [paper]")
