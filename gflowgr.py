@@ -12,6 +12,8 @@ where the probability of each path is its share of all reward:
     python gflowgr.py --loss tb                       a toy world, nothing to download
     python gflowgr.py --loss tb --dataset beauty      Amazon Beauty, all stages
 
+Beauty, test R@10, one run on two CPU cores, n = 22,363: SASRec 0.0702, SFT 0.0614, then TB 0.0610 (README).
+
 Shapes, everywhere:
     B  histories in a batch     T  items in a history      N  items in the catalogue     U  users
     P  paths per history: 1 observed + K augmented         L  codes per item             C  codes per level
