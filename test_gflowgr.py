@@ -867,6 +867,19 @@ def test_methods_at_the_policy_that_is_its_own_reference():
     assert value("ipa", beam=6, lam=2.0) == pytest.approx(value("sft") + 2 * math.log(2), rel=1e-4)
 
 
+def test_ratios_are_free_of_dropout_and_against_the_policy_that_drew():
+    _, sasrec, catalogue, cfg, history, target = method_setting(loss="dpo")
+    model = small_generator(catalogue, dropout=0.3).train()
+    value = loss_of(model, sasrec, catalogue, cfg, history, target, 0.5).item()
+    assert value == pytest.approx(math.log(2), rel=1e-4)
+    tuning = g.FineTuning(model.train(), sasrec, catalogue, replace(cfg, loss="grpo", group=4))
+    with torch.no_grad():
+        model.embedding.weight.add_(torch.randn_like(model.embedding.weight))
+    paths = tuning.trajectories(g.METHODS["grpo"], history, target, 0.5)
+    log_old = log_probs(tuning.old, catalogue, history, paths.items)[0].sum(-1)
+    torch.testing.assert_close(paths.log_old, log_old)
+
+
 def test_sprec_plays_against_its_previous_iterate_and_leaves_the_clicked_item_out():
     model, sasrec, catalogue, cfg, history, target = method_setting(loss="sprec", iterations=2)
     tuning = g.FineTuning(model, sasrec, catalogue, cfg)
