@@ -10,7 +10,7 @@ The files are those that LETTER publishes (its pre-processing is the one GFlowGR
 
 Everything a training loop needs then lives in four flat tensors (`Examples`): a batch of histories is one
 gather, without a DataLoader and without Python per sample. Below that is the plumbing of gflowgr.py: files of
-vectors and codes, results on disk, and a command line made from a dataclass.
+vectors and codes, several processes, results on disk, and a command line made from a dataclass.
 
 Shapes: U users, N items, E examples, B batch rows, T history length, L codes per item.
 """
@@ -19,15 +19,18 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import hashlib
 import http.client
+import importlib.util
 import io
 import itertools
 import json
 import os
 import re
+import shutil
 import sys
 import time
 import urllib.error
@@ -39,6 +42,7 @@ from typing import Callable, Iterator, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 BASE_URL = ("https://raw.githubusercontent.com/HonghuiBao2000/LETTER/"
@@ -100,7 +104,7 @@ def fetch(url: str, timeout: float = 30.0) -> bytes:
     with urllib.request.urlopen(url, timeout=timeout) as response:
         size, chunks, received = int(response.headers.get("Content-Length") or 0), [], 0
         name = url.rsplit("/", 1)[-1]
-        with tqdm(desc=name, total=size or None, unit="B", unit_scale=True, disable=None) as bar:
+        with tqdm(desc=name, total=size or None, unit="B", unit_scale=True, disable=quiet()) as bar:
             while chunk := response.read(1 << 16):
                 chunks.append(chunk)
                 received += len(chunk)
@@ -272,15 +276,18 @@ def toy(seed: int = 42, n_users: int = 2000, n_items: int = 600, n_categories: i
 
 @dataclass
 class Examples:
-    """E pairs (history, target): the history of row e is items[start[e]:end[e]], its target items[end[e]]."""
-    items: torch.Tensor    # (n_interactions,)
+    """E pairs (history, target): the history of row e is items[start[e]:end[e]], its target items[end[e]].
+
+    The items lie on the device of the model. What names them stays on the CPU, which must know how long a
+    batch's longest history is: asking a GPU for that at every step would make each step wait for it.
+    """
+    items: torch.Tensor    # (n_interactions + 1,) the last is the pad
     start: torch.Tensor    # (E,)
     end: torch.Tensor      # (E,)
     user: torch.Tensor     # (E,)
-    pad: int               # the id that fills short histories: N
 
     def to(self, device) -> Examples:
-        return Examples(*(t.to(device) for t in (self.items, self.start, self.end, self.user)), self.pad)
+        return dataclasses.replace(self, items=self.items.to(device))
 
     def __len__(self) -> int:
         return len(self.end)
@@ -288,9 +295,11 @@ class Examples:
     def batch(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Histories (B, T), oldest first, padded on the right to the longest of them, and targets (B,)."""
         start, end = self.start[rows], self.end[rows]
-        position = start[:, None] + torch.arange(int((end - start).max()), device=end.device)
-        items = self.items[position.clamp(max=len(self.items) - 1)]
-        return torch.where(position < end[:, None], items, self.pad), self.items[end]
+        position = start[:, None] + torch.arange(int((end - start).max()))
+        position = torch.where(position < end[:, None], position, len(self.items) - 1)
+        position = torch.cat([position, end[:, None]], 1).to(self.items.device, non_blocking=True)
+        items = self.items[position]
+        return items[:, :-1], items[:, -1]
 
 
 def split(data: Data, max_history: int = 20) -> dict[str, Examples]:
@@ -302,16 +311,17 @@ def split(data: Data, max_history: int = 20) -> dict[str, Examples]:
     train = position[(position > first[user]) & (position < last[user] - 1)]
     ends = {"train": train, "valid": last - 1, "test": last}
     start = {part: torch.maximum(first[user[end]], end - max_history) for part, end in ends.items()}
-    return {part: Examples(data.items, start[part], end, user[end], data.n_items)
-            for part, end in ends.items()}
+    items = torch.nn.functional.pad(data.items, (0, 1), value=data.n_items)
+    return {part: Examples(items, start[part], end, user[end]) for part, end in ends.items()}
 
 
-def length_batches(lengths: torch.Tensor, batch: int, steps: int) -> Iterator[torch.Tensor]:
+def length_batches(lengths: torch.Tensor, batch: int, steps: int, seed: int) -> Iterator[torch.Tensor]:
     """Rows (B,) of `steps` batches, each of histories of almost equal length, so that little is padded. Which
     rows of a length go together, and in which order the batches come, changes every epoch."""
+    generator = torch.Generator().manual_seed(seed)
     while steps > 0:
-        chunks = torch.argsort(lengths + torch.rand(len(lengths), device=lengths.device)).split(batch)
-        for i in torch.randperm(len(chunks))[:steps].tolist():
+        chunks = torch.argsort(lengths + torch.rand(len(lengths), generator=generator)).split(batch)
+        for i in torch.randperm(len(chunks), generator=generator)[:steps].tolist():
             yield chunks[i]
         steps -= len(chunks)
 
@@ -421,7 +431,7 @@ def read_codes(path: Path, n_items: int) -> torch.Tensor:
     return torch.tensor(rows)
 
 
-# -------------------------------------------------------------------------------------------- kept results
+# ---------------------------------------------------------------------------- device, optimiser, processes
 
 def compute_type(device: torch.device, wanted: str) -> torch.dtype:
     """The type of the matrix products: what is wanted, else bf16 where the processor has it, else fp16 on
@@ -438,34 +448,145 @@ def compute_type(device: torch.device, wanted: str) -> torch.dtype:
     return torch.float32
 
 
+def keep_memory() -> None:
+    """Have glibc keep freed memory: by default it hands large buffers back to the kernel and faults them in
+    again, page by page, at every step. Does nothing where there is no glibc."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):
+            libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3        # names of malloc.h
+            libc.mallopt(trim_threshold, 2 ** 31 - 1)
+            libc.mallopt(mmap_threshold, 2 ** 30)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises DataError where torch.compile has nothing to compile with."""
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+        raise DataError("--compile needs a C++ compiler, g++ or clang++, on the PATH; install one "
+                        "or leave --compile out")
+    if device.type == "cuda" and not importlib.util.find_spec("triton"):
+        raise DataError("--compile needs triton, which comes with torch's CUDA builds on Linux; install it "
+                        "or leave --compile out")
+
+
+def processes() -> tuple[int, int]:
+    """The rank of this process and how many there are, as torchrun tells each that it starts."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def quiet() -> bool | None:
+    """Whether progress bars are off, as tqdm's `disable`: in all processes but the first; None: if piped."""
+    return processes()[0] > 0 or None
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device that --device names; of several processes each takes its own GPU, and joins the others.
+    Raises DataError."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", wanted):
+        raise DataError(f"--device {wanted} is not auto, cpu, cuda or cuda:N")
+    several = processes()[1] > 1
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and several:
+        wanted = f"cuda:{os.environ['LOCAL_RANK']}"
+    if wanted.startswith("cuda") and int(wanted[5:] or 0) >= torch.cuda.device_count():
+        raise DataError(f"--device {wanted}: torch sees no such device; use --device cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if several and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def of_the_first(value):
+    """What the first process has for `value`, in all of them."""
+    box = [value]
+    if processes()[1] > 1:
+        dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
+    return box[0]
+
+
+def average(value: torch.Tensor) -> float:
+    """The mean of a scalar over all processes."""
+    rank, world = processes()
+    value = value.detach().clone()
+    if world > 1:
+        dist.all_reduce(value)
+    return value.item() / world
+
+
+def relative_adamw(model: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW with rates relative to a weight's size, about 1 in an embedding and 0.05 in a matrix, as in T5's
+    own Adafactor. Sizes have one digit here: one fused kernel serves all weights of like size."""
+    sizes = {}
+    for weight in model.parameters():
+        sizes.setdefault(f"{max(1e-3, weight.detach().square().mean() ** 0.5):.0e}", []).append(weight)
+    groups = [{"params": weights, "lr": lr * float(size)} for size, weights in sizes.items()]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+
+
+class Step(torch.nn.Module):
+    """A model and its loss, as the one module whose forward DistributedDataParallel follows."""
+
+    def __init__(self, model: torch.nn.Module, loss_of: Callable):
+        super().__init__()
+        self.model, self.loss_of = model, loss_of
+
+    def forward(self, *batch) -> torch.Tensor:
+        return self.loss_of(*batch)
+
+
+def data_parallel(model: torch.nn.Module, loss_of: Callable, partly: bool) -> Callable:
+    """loss_of(rows, progress), the mean over rows, such that each process computes its share of the rows and
+    the gradients are those of the whole batch, in all of them. partly: the loss may leave weights unused."""
+    rank, world = processes()
+    if world == 1:
+        return loss_of
+    step = torch.nn.parallel.DistributedDataParallel(Step(model, loss_of), find_unused_parameters=partly)
+    torch.manual_seed(torch.initial_seed() + rank)      # from here on each draws noise of its own
+
+    def share(rows: torch.Tensor, progress: float) -> torch.Tensor:
+        mine = rows[rank::world] if len(rows) >= world else rows
+        return step(mine, progress) * (len(mine) * world / len(rows) if len(rows) >= world else 1.0)
+
+    return share
+
+
+# -------------------------------------------------------------------------------------------- kept results
+
 class Run:
     """One command: its settings, device, data, and its stages, each done once and then kept in a folder
     RUNS/DATASET/STAGE-HASH.
 
     The hash is made of just those settings and inputs that the stage depends on, so a change of one setting
     does only those stages again that it can change. cfg: a dataclass, its fields' metadata name a "group";
-    needs: stage -> groups. A folder holds config.json, metrics.jsonl and checkpoint.pt.
+    needs: stage -> groups; fit: the training loop; metrics: item ids (U, W) and targets (U,) -> figures. A
+    folder holds config.json, metrics.jsonl and checkpoint.pt.
     """
 
-    def __init__(self, cfg, needs: dict[str, tuple[str, ...]]):
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", cfg.device):
-            raise DataError(f"--device {cfg.device} is not auto, cpu, cuda or cuda:N")
-        if cfg.device.startswith("cuda") and int(cfg.device[5:] or 0) >= torch.cuda.device_count():
-            raise DataError(f"--device {cfg.device}: torch sees no such device; use --device cpu")
-        self.device = torch.device(cfg.device if cfg.device != "auto"
-                                   else "cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(self, cfg, needs: dict[str, tuple[str, ...]], fit: Callable, metrics: Callable):
+        keep_memory()
+        self.device = choose_device(cfg.device)
         self.dtype = compute_type(self.device, cfg.precision)
+        if cfg.compile:
+            check_compiler(self.device)
         self.cfg = dataclasses.replace(cfg, precision=str(self.dtype)[6:],
                                        item_vectors="" if cfg.codes else cfg.item_vectors)
+        rank, world = processes()
+        if rank:                                            # what is missing, the first process downloads
+            of_the_first(None)
         self.data = data = load(cfg.dataset, Path(cfg.data_dir), cfg.seed)
+        if not rank:
+            of_the_first(None)
         if data.offsets.diff().max() < 4:
             raise DataError(f"{data.name}: no user has the 4 interactions that a training pair needs")
         self.parts = {part: pairs.to(self.device) for part, pairs in split(data, cfg.max_history).items()}
         order = torch.randperm(data.n_users, generator=torch.Generator().manual_seed(cfg.seed))
-        self.valid_rows = order[:cfg.valid_users].sort().values.to(self.device)
-        self.needs, self.results = needs, {}
+        self.valid_rows = order[:cfg.valid_users].sort().values
+        self.needs, self.fit, self.metrics, self.results = needs, fit, metrics, {}
         print(f"{data.name}: {data.n_users:,} users, {data.n_items:,} items, {len(self.parts['train']):,} "
-              f"training pairs; {self.device}, {self.cfg.precision}, seed {cfg.seed}", flush=True)
+              f"training pairs; {f'{world} processes, ' if world > 1 else ''}{self.device}, "
+              f"{self.cfg.precision}, seed {cfg.seed}", flush=True)
 
     def check_unclicked(self, k: int) -> None:
         """Raises DataError where a pool may hold fewer than k items that a user has not clicked."""
@@ -479,15 +600,39 @@ class Run:
     def recommended(self, model: torch.nn.Module, recommend: Callable, part: str,
                     rows: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """What a model recommends to the users of a part, `rows` of them or all: item ids (U, W), best first,
-        by recommend(histories (B, T)); and the items (U,) that they took."""
-        examples, found = self.parts[part], []
-        rows = torch.arange(len(examples), device=self.device) if rows is None else rows
+        by recommend(histories (B, T)); and the items (U,) that they took. Each process scores its share."""
+        examples, found, (rank, world) = self.parts[part], [], processes()
+        rows = torch.arange(len(examples)) if rows is None else rows
         order = torch.argsort((examples.end - examples.start)[rows], stable=True)   # alike lengths together
+        shared = 1 < world <= len(order)
+        mine = order[rank::world] if shared else order
         model.eval()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            for chunk in tqdm(rows[order].split(256), desc=f"scoring: {part}", disable=None, leave=False):
+            for chunk in tqdm(rows[mine].split(256), desc=f"scoring: {part}", disable=quiet(), leave=False):
                 found.append(recommend(examples.batch(chunk)[0]))
-        return torch.cat(found)[torch.argsort(order)], examples.items[examples.end[rows]]
+        items = torch.zeros(len(rows), found[0].shape[1], dtype=torch.long, device=self.device)
+        items[mine] = torch.cat(found)
+        if shared:
+            dist.all_reduce(items)
+        return items, examples.items[examples.end[rows]]
+
+    def train(self, title: str, model: torch.nn.Module, recommend: Callable, loss_of: Callable,
+              batches: Iterator[torch.Tensor], steps: int, optimiser: torch.optim.Optimizer, log: Callable,
+              after: Callable = lambda step: None) -> dict:
+        """Fit a recommender, choose its state on validation users, score all of these and, once, the test
+        users. recommend: histories (B, T) -> item ids (B, W), best first; the others: see `fit`."""
+        def score(part: str, rows: torch.Tensor | None = None) -> tuple[torch.Tensor, dict]:
+            items, target = self.recommended(model, recommend, part, rows)
+            return items, self.metrics(items, target)
+
+        loss_of = data_parallel(model, loss_of, partly=title != "sasrec")     # sft needs no flow head
+        self.fit(model, title, loss_of, batches, steps, optimiser, log, self.dtype, self.cfg.evaluations,
+                 lambda: score("valid", self.valid_rows)[1], after)
+        items, test = score("test")
+        if self.data.liked is not None:
+            test["liked"] = liked_unseen(items, self.data)
+        state = {name: value.cpu() for name, value in model.state_dict().items()}
+        return {"state": state, "valid": score("valid")[1], "test": test, "top": items.int().cpu()}
 
     def settings(self, stage: str) -> dict:
         """The settings that a stage depends on, by name."""
@@ -506,12 +651,25 @@ class Run:
 
     def stage(self, stage: str, build: Callable[[Callable[[dict], None]], dict]) -> dict:
         """The result of build(log), seeded and timed, or what an earlier run kept of it. Raises DataError."""
-        folder, known = self.folder(stage), (self.folder(stage) / "checkpoint.pt").exists()
+        folder, leads = self.folder(stage), processes()[0] == 0
+        known = of_the_first((folder / "checkpoint.pt").exists())
         torch.manual_seed(self.cfg.seed)
-        result = self.results[stage] = keep(folder, self.settings(stage), build)
+        result = keep(folder, self.settings(stage), build) if leads else known or build(lambda entry: None)
+        result = self.results[stage] = of_the_first(result)
         origin = "kept from before" if known else "now kept"
         print(f"{stage:<10}{result['seconds']:7.1f} s, {origin} in {folder}", flush=True)
         return result
+
+
+    def trained(self, stage: str, model: torch.nn.Module, build: Callable) -> torch.nn.Module:
+        """A model in the state that its stage ended with."""
+        return load_state(model, self.stage(stage, build)["state"], self.folder(stage))
+
+    def publish(self, codes: torch.Tensor) -> None:
+        """Write codes (N, L) in LETTER's format beside their checkpoint."""
+        index = self.folder("codes") / f"{self.data.name}.index.json"
+        if processes()[0] == 0 and not index.exists():
+            write_atomically(index, format_codes(codes).encode())
 
 
 def keep(folder: Path, settings: dict, build: Callable[[Callable[[dict], None]], dict]) -> dict:
@@ -567,7 +725,7 @@ class Progress:
 
     def __init__(self, title: str, steps: int, log: Callable[[dict], None]):
         self.title, self.steps, self.log, self.latest = title, steps, log, {}
-        self.bar = tqdm(desc=title, total=steps, unit="step", disable=None, leave=False)
+        self.bar = tqdm(desc=title, total=steps, unit="step", disable=quiet(), leave=False)
 
     def __enter__(self) -> Progress:
         return self
@@ -601,7 +759,7 @@ def code_figures(codes: torch.Tensor, vectors: torch.Tensor, neighbours: int = 1
     items by the cosine of SASRec's vectors (N, d), over at most `probes` items."""
     unit, overlap = torch.nn.functional.normalize(vectors.float()), []
     rows = torch.linspace(0, len(codes) - 1, min(probes, len(codes)), device=codes.device).long()
-    for row in rows.split(512):
+    for row in rows.split(128):
         likeness = (unit[row] @ unit.T).scatter(1, row[:, None], -torch.inf)
         near = likeness.topk(min(neighbours, len(codes) - 1)).indices
         overlap.append((codes[near] == codes[row][:, None]).float().mean((1, 2)))
@@ -631,12 +789,11 @@ def diversity(recommended: torch.Tensor, r_cs: torch.Tensor, data: Data) -> dict
             "r_cs std": r_cs.std(1, correction=0).mean().item(), "rank": (share * rank).sum().item()}
 
 
-def summary(run: Run, metrics: Callable, scores: Callable, r_cs: Callable) -> str:
-    """The tables of a run that went through all stages. metrics: item ids (U, W) and targets (U,) -> figures;
-    scores: histories (B, T) -> every item's collaborative score (B, N); r_cs: those and items (B, M) -> the
-    items' collaborative rewards (B, M)."""
+def summary(run: Run, scores: Callable, r_cs: Callable) -> str:
+    """The tables of a run that went through all stages. scores: histories (B, T) -> every item's
+    collaborative score (B, N); r_cs: those and items (B, M) -> the items' collaborative rewards (B, M)."""
     popular = top(popularity(run.data)[None], 20).expand(run.data.n_users, -1)
-    test = metrics(popular, run.data.items[run.data.offsets[1:] - 1])
+    test = run.metrics(popular, run.data.items[run.data.offsets[1:] - 1])
     if run.data.liked is not None:
         test["liked"] = liked_unseen(popular, run.data)
     results = {"popularity": {"test": test, "top": popular}, "SASRec": run.results["sasrec"],
@@ -666,7 +823,7 @@ def diversity_table(run: Run, results: dict[str, dict], scores: Callable, r_cs: 
     lists = [result["top"][:, :10].long() for result in results.values()]
     together, examples = torch.cat(lists, 1).clamp(max=run.data.n_items - 1).to(run.device), run.parts["test"]
     found = torch.cat([r_cs(scores(examples.batch(rows)[0]), together[rows]).cpu()
-                       for rows in torch.arange(len(examples), device=run.device).split(256)])
+                       for rows in torch.arange(len(examples)).split(256)])
     figures = [diversity(items, part, run.data)
                for items, part in zip(lists, found.split([items.shape[1] for items in lists], 1))]
     rows = [[label, *(f"{value:.4g}" for value in row.values())] for label, row in zip(results, figures)]
@@ -793,6 +950,14 @@ def report(runs: Path, settings: type, presets: dict[str, dict]) -> str:
 
 # -------------------------------------------------------------------------------------------- command line
 
+def knob(default, group: str, text: str, choices: tuple = (), low: float | None = None, below: float = 1e9):
+    """A field of a dataclass of settings: its default, the group of settings that it belongs to, its meaning,
+    and what it may be."""
+    low = low if low is not None else 1 if type(default) is int else 0
+    return dataclasses.field(default=default, metadata=dict(
+        group=group, help=text, choices=choices, low=low, below=below))
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that answers a mistake with one sentence, the nearest flag in it, and exit code 2."""
 
@@ -841,16 +1006,24 @@ def explain(error: Exception) -> str:
 
 def guarded(command: Callable[[], str]) -> int:
     """Run a command, print what it returns or one sentence of what went wrong; returns the exit code: 0, 1
-    for bad input, 130 for Ctrl-C."""
+    for bad input, 130 for Ctrl-C. Of several processes the first alone speaks; a fault of another's machine
+    is its own to tell."""
+    leads = processes()[0] == 0
     try:
-        print(command())
+        with contextlib.redirect_stdout(sys.stdout if leads else io.StringIO()):
+            print(command())
         return 0
     except (DataError, OSError, MemoryError, RuntimeError) as error:
-        print(explain(error), file=sys.stderr)
+        if leads or not isinstance(error, DataError):
+            print(explain(error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nstopped: what was finished is kept, the same command goes on after it", file=sys.stderr)
+        if leads:
+            print("\nstopped: what was finished is kept, the same command goes on after it", file=sys.stderr)
         return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def aligned(table: list[list[str]]) -> str:

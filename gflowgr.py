@@ -27,7 +27,7 @@ import copy
 import dataclasses
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
@@ -36,17 +36,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data as datasets
-from data import DataError, Run
+from data import DataError, Run, knob
 
 
 # ============================================================================================= 1. settings
-
-def knob(default, group: str, text: str, choices: tuple = (), low: float | None = None, below: float = 1e9):
-    """One setting: its default, the group of settings it belongs to, its meaning, and what it may be."""
-    low = low if low is not None else 1 if type(default) is int else 0
-    return field(default=default, metadata=dict(
-        group=group, help=text, choices=choices, low=low, below=below))
-
 
 @dataclass(frozen=True)
 class Config:
@@ -77,6 +70,7 @@ class Config:
     sasrec_length: int = knob(50, "sasrec", "last items of a user's sequence that SASRec trains on [ours]")
     sasrec_batch: int = knob(128, "sasrec", "sequences in a SASRec batch [ours]")
     sasrec_lr: float = knob(1e-3, "sasrec", "peak learning rate of SASRec [ours]")
+    sasrec_pool: int = knob(50_000, "sasrec", "items a step ranks; of a larger catalogue, a sample [ours]")
     sasrec_epochs: int = knob(30, "sasrec", "passes over the users' sequences [ours]")
     d_model: int = knob(128, "sft", "width of the generator, d [paper]")
     heads: int = knob(4, "sft", "attention heads, H; TIGER has 6 [ours]")
@@ -86,13 +80,13 @@ class Config:
     dropout: float = knob(0.1, "sft", "dropout of the generator [paper]", below=1)
     beam: int = knob(20, "sft", "beams of the constrained search, W [paper]")
     batch: int = knob(256, "sft", "histories in a batch, B [ours]")
-    lr: float = knob(0.01, "sft", "peak rate of Adafactor, relative to a weight's size [ours]")
+    lr: float = knob(0.02, "sft", "peak rate of AdamW, relative to a weight's size [ours]")
     sft_epochs: float = knob(10.0, "sft", "passes over the training pairs by SFT [ours]")
     loss: str = knob("tb", "finetune", "fine-tuning method; sft goes on with SFT",
                      ("sft", "db", "tb", "dpo", "sdpo", "sprec", "ipa", "ppo", "grpo"))
     from_scratch: bool = knob(False, "finetune", "fine-tune an untrained generator, for both trainings' time")
     finetune_epochs: float = knob(3.0, "finetune", "length, in passes of SFT; costly steps are fewer [ours]")
-    finetune_lr: float = knob(0.003, "finetune", "peak rate of Adafactor in the fine-tuning [ours]")
+    finetune_lr: float = knob(0.003, "finetune", "peak rate of AdamW in the fine-tuning [ours]")
     lam: float = knob(0.01, "finetune", "lambda of Eq. 7, weight of what tb, db and ipa add to SFT [ours]")
     pool: int = knob(512, "finetune", "random items that unclicked ones are chosen from, per batch [ours]")
     reward: str = knob("aug,cf,sim", "reward", "parts of the reward [paper]",
@@ -112,6 +106,7 @@ class Config:
     data_dir: str = knob("data", "run", "where the datasets lie")
     runs_dir: str = knob("runs", "run", "where every stage's result is kept")
     device: str = knob("auto", "run", "auto (CUDA where there is one), cpu or cuda")
+    compile: bool = knob(False, "run", "compile the generator's blocks by torch.compile; slower on a CPU")
     diversity: bool = knob(False, "run", "also print how varied each top 10 is (Section 4.5)")
     show: int = knob(0, "run", "also print the history and the top 10 of this many test users", low=0)
     report: bool = knob(False, "run", "only print the paper's Tables 1 and 2 from what lies in runs/")
@@ -276,14 +271,21 @@ class SASRec(nn.Module):
         with torch.autocast(state.device.type, enabled=False):
             return state @ self.item.weight[:-1].T
 
-    def loss(self, history: Tensor, target: Tensor) -> Tensor:
+    def loss(self, history: Tensor, target: Tensor, pool: int) -> Tensor:
         """Cross-entropy of the next item over the whole catalogue, at every position -> scalar. [ours]: the
-        original draws one negative per item; the full softmax is stronger. history (B, T), target (B,)."""
+        original draws one negative per item; the full softmax is stronger. Of a catalogue of more than `pool`
+        items, that many random ones stand for the rest. history (B, T), target (B,)."""
         following = torch.cat([history[:, 1:], torch.full_like(history[:, :1], self.item.padding_idx)], 1)
         following[self.last(history)] = target
-        real = following != self.item.padding_idx
-        logits = self(history)[real] @ self.item.weight[:-1].T                      # (positions, N)
-        return F.cross_entropy(logits.float(), following[real])
+        state, label, n_items = self(history).flatten(0, 1), following.flatten(), self.item.padding_idx
+        if pool >= n_items:
+            logits = state @ self.item.weight[:-1].T                                # (B * T, N)
+        else:
+            others = torch.randint(n_items, (pool,), device=state.device)
+            own = (state * self.item(label)).sum(-1, keepdim=True)
+            wrong = (state @ self.item(others).T).masked_fill(others == label[:, None], -torch.inf)
+            logits, label = torch.cat([own, wrong], 1), label.masked_fill(label < n_items, 0)
+        return F.cross_entropy(logits.float(), label, ignore_index=n_items)
 
 
 # =================================================================================================== 4. T5
@@ -296,21 +298,29 @@ class Dropout(nn.Module):
         super().__init__()
         self.p, self.strip = p, torch.empty(0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0 or x.device.type != "cpu":
-            return F.dropout(x, self.p, self.training)
+    def mask(self, x: Tensor) -> Tensor:
+        """0 at a rate of p, else 1 / (1 - p), in the shape and type of x."""
         if len(self.strip) < 2 * x.numel() or self.strip.dtype != x.dtype:
             size = max(1 << 24, 2 * x.numel())
             noise = torch.rand(size, generator=torch.Generator().manual_seed(size))
             self.strip = (noise >= self.p).to(x.dtype) / (1 - self.p)
         start = int(torch.randint(len(self.strip) - x.numel(), ()))
-        return x * self.strip[start:start + x.numel()].view(x.shape)
+        return self.strip[start:start + x.numel()].view(x.shape)
+
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """dropout(x), added to `onto` where that is given."""
+        if not self.training or self.p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
+            x = F.dropout(x, self.p, self.training)
+            return x if onto is None else onto + x
+        return x * self.mask(x) if onto is None else torch.addcmul(onto, x, self.mask(x))
 
 
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight, in the type of x."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":          # torch's own goes by way of float32 there
+            return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * self.weight.to(x.dtype)
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), 1e-6)
 
 
@@ -337,8 +347,7 @@ class Attention(nn.Module):
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, S, d) -> keys and values, (B, H, S, d_kv) each."""
-        keys, values = self.kv(x).chunk(2, -1)
-        return self.split(keys), self.split(values)
+        return tuple(self.split(half) for half in self.kv(x).chunk(2, -1))
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
         """Queries from x (B, S, d) over S' keys; bias (.., S, S') is added to the logits -> (B, S, d)."""
@@ -369,12 +378,12 @@ class Block(nn.Module):
         present = self.attention.keys_values(h)
         if past is not None:
             present = tuple(torch.cat(pair, 2) for pair in zip(past, present))
-        x = x + self.dropout(self.attention(h, *present, bias))
+        x = self.dropout(self.attention(h, *present, bias), onto=x)
         if self.cross is not None:
             h = self.norms[1](x).view(len(memory[0]), -1, x.shape[-1])              # (B, P * S, d)
-            x = x + self.dropout(self.cross(h, *memory).view(x.shape))
+            x = self.dropout(self.cross(h, *memory).view(x.shape), onto=x)
         h = self.wo(self.dropout(self.wi(self.norms[-1](x)).relu()))
-        return x + self.dropout(h), present
+        return self.dropout(h, onto=x), present
 
 
 def relative_buckets(distance: Tensor, two_sided: bool, buckets=32, furthest=128) -> Tensor:
@@ -556,7 +565,7 @@ def curriculum_sample(scores: Tensor, pool: Tensor, exclude: Tensor, k: int, bet
     scores (B, M) of the pool's items, pool (M,) ids, exclude (B, T) ids never drawn -> ids (B, k).
     """
     z = (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True).clamp(min=1e-6)
-    gumbel = -torch.empty_like(z).exponential_().log()
+    gumbel = -(-torch.rand_like(z).log()).log()
     clicked = (pool[:, None] == exclude[:, None]).any(-1)                           # (B, M)
     return pool[(beta * z + gumbel).masked_fill(clicked, -torch.inf).topk(k).indices]
 
@@ -768,14 +777,14 @@ def fit(model: nn.Module, title: str, loss_of: Callable, batches: Iterator[Tenso
         after: Callable = lambda step: None) -> None:
     """The one loop that trains all models. loss_of(rows, progress) -> scalar; validate() -> metrics, whose
     N@10 chooses the state to end with (without, the last); after(step) follows a step. Raises DataError."""
-    device, peak = next(model.parameters()).device, optimiser.param_groups[0]["lr"]
+    device = next(model.parameters()).device
+    rate = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(       # warm-up, then half a cosine
+        20 * (step + 1) / steps, 0.5 * (1 + math.cos(math.pi * (step + 1) / steps))))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     checks = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
     best, best_score = None, -1.0
     with datasets.Progress(title, steps, log) as progress:
         for step, rows in enumerate(batches, 1):
-            warm_up, decay = 20 * step / steps, 0.5 * (1 + math.cos(math.pi * step / steps))
-            optimiser.param_groups[0]["lr"] = peak * min(warm_up, decay)
             model.train()
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):    # of matrix products
                 loss = loss_of(rows, step / steps)
@@ -786,11 +795,12 @@ def fit(model: nn.Module, title: str, loss_of: Callable, batches: Iterator[Tenso
             scaler.update()
             optimiser.zero_grad(set_to_none=True)
             after(step)
+            rate.step()
             metrics = validate() if step in checks else {}
             if metrics and metrics["N@10"] > best_score:
                 best, best_score = copy.deepcopy(model.state_dict()), metrics["N@10"]
             if step % 50 == 0 or metrics or step == steps:              # not always: it waits for the device
-                if not math.isfinite(value := loss.item()):
+                if not math.isfinite(value := datasets.average(loss)):
                     raise DataError(f"{title}: the loss is {value} at step {step}; lower rates or weights")
                 progress.report(step, len(rows), value, metrics)
             progress.bar.update()
@@ -848,23 +858,6 @@ def needs(cfg: Config) -> dict[str, tuple[str, ...]]:
             "sft": sft, "finetune": (*sft, "sasrec", "finetune", *METHODS[cfg.loss].groups)}
 
 
-def train(run: Run, title: str, model: nn.Module, recommend: Callable, loss_of: Callable,
-          batches: Iterator[Tensor], steps: int, optimiser: torch.optim.Optimizer, log: Callable,
-          after: Callable = lambda step: None) -> dict:
-    """Fit a recommender, choose its state on validation users, score all of them and, once, the test users.
-    recommend: histories (B, T) -> item ids (B, W), best first."""
-    def score(part: str, rows: Tensor | None = None) -> tuple[Tensor, dict]:
-        items, target = run.recommended(model, recommend, part, rows)
-        return items, ranking_metrics(items, target)
-
-    fit(model, title, loss_of, batches, steps, optimiser, log, run.dtype, run.cfg.evaluations,
-        lambda: score("valid", run.valid_rows)[1], after)
-    top, test = score("test")
-    if run.data.liked is not None:
-        test["liked"] = datasets.liked_unseen(top, run.data)
-    return {"state": model.state_dict(), "valid": score("valid")[1], "test": test, "top": top.int().cpu()}
-
-
 def train_codes(run: Run, vectors: Tensor, collaborative: Tensor, log: Callable) -> Tensor:
     """Train an RQ-VAE on item vectors (N, d_in), LETTER's on SASRec's (N, dim) too -> codes (N, L)."""
     cfg, n = run.cfg, len(vectors)
@@ -892,7 +885,7 @@ def train_codes(run: Run, vectors: Tensor, collaborative: Tensor, log: Callable)
     with torch.no_grad():
         quantiser.initialise(model.encoder(vectors))
     tidy(0)
-    batches = datasets.length_batches(torch.zeros(n, device=run.device), 1024, steps)
+    batches = datasets.length_batches(torch.zeros(n), 1024, steps, cfg.seed)
     optimiser = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.0, fused=True)
     fit(model, "codes", loss_of, batches, steps, optimiser, log, after=tidy)
     with torch.no_grad():
@@ -916,9 +909,7 @@ def item_codes(run: Run, sasrec: SASRec) -> Catalogue:
         return {"codes": unique_paths(codes) if twins else codes, "semantic": codes.shape[1]}
 
     result = run.stage("codes", build)
-    index = run.folder("codes") / f"{data.name}.index.json"
-    if not index.exists():
-        datasets.write_atomically(index, datasets.format_codes(result["codes"]).encode())
+    run.publish(result["codes"])
     return Catalogue.of(result["codes"].to(run.device), result["semantic"])
 
 
@@ -936,14 +927,14 @@ def train_sasrec(run: Run) -> SASRec:
         pairs = datasets.split(run.data, length)["train"].to(run.device)
         whole = F.pad(pairs.user.diff() != 0, (0, 1), value=True).nonzero()[:, 0]   # each user's last pair
         steps = cfg.sasrec_epochs * math.ceil(len(whole) / cfg.sasrec_batch)
-        batches = datasets.length_batches((pairs.end - pairs.start)[whole], cfg.sasrec_batch, steps)
+        batches = datasets.length_batches((pairs.end - pairs.start)[whole], cfg.sasrec_batch, steps, cfg.seed)
         optimiser = torch.optim.AdamW(model.parameters(), cfg.sasrec_lr, weight_decay=cfg.weight_decay,
                                       fused=True)
-        return train(run, "sasrec", model, lambda history: datasets.top(model.scores(history), 20),
-                     lambda rows, _: model.loss(*pairs.batch(whole[rows])), batches, steps, optimiser, log)
+        return run.train("sasrec", model, lambda history: datasets.top(model.scores(history), 20),
+                     lambda rows, _: model.loss(*pairs.batch(whole[rows]), cfg.sasrec_pool), batches, steps,
+                     optimiser, log)
 
-    state = run.stage("sasrec", build)["state"]
-    return datasets.load_state(model, state, run.folder("sasrec")).requires_grad_(False)
+    return run.trained("sasrec", model, build).requires_grad_(False)
 
 
 def train_generator(run: Run, stage: str, catalogue: Catalogue, sasrec: SASRec, initial: dict) -> T5:
@@ -953,31 +944,32 @@ def train_generator(run: Run, stage: str, catalogue: Catalogue, sasrec: SASRec, 
     model = T5(catalogue.codes.shape[1], int(catalogue.codes.max()) + 1, cfg.d_model, cfg.heads, cfg.d_kv,
                cfg.d_ff, cfg.layers, cfg.dropout, cfg.temperature if cfg.backbone == "letter" else 1.0)
     model.to(run.device)
+    for block in (*model.encoder, *model.decoder) if cfg.compile else ():
+        block.compile(dynamic=True)
 
     def build(log: Callable) -> dict:
-        pairs, epochs = run.parts["train"], cfg.finetune_epochs * (stage == "finetune")
-        epochs += cfg.sft_epochs * cfg.from_scratch
+        pairs = run.parts["train"]
+        epochs = cfg.finetune_epochs * (stage == "finetune") + cfg.sft_epochs * cfg.from_scratch
         if not cfg.from_scratch:
             datasets.load_state(model, initial, run.folder("sft"))
         steps = max(1, round(epochs * math.ceil(len(pairs) / cfg.batch) / METHODS[cfg.loss].cost))
         tuning = FineTuning(model, sasrec, catalogue, cfg)
-        # T5's own optimiser: its steps are relative to a weight's size, 1 in an embedding, 0.05 in a matrix.
-        optimiser = torch.optim.Adafactor(model.parameters(), cfg.lr if cfg.from_scratch else cfg.finetune_lr,
-                                          weight_decay=cfg.weight_decay)
-        batches = datasets.length_batches(pairs.end - pairs.start, cfg.batch, steps)
-        return train(run, cfg.loss, model, lambda history: beam_search(
+        lr = cfg.lr if cfg.from_scratch else cfg.finetune_lr
+        optimiser = datasets.relative_adamw(model, lr, cfg.weight_decay)
+        batches = datasets.length_batches(pairs.end - pairs.start, cfg.batch, steps, cfg.seed)
+        return run.train(cfg.loss, model, lambda history: beam_search(
                          model, catalogue, catalogue.read(model, history), cfg.beam)[0],
                      lambda rows, progress: tuning.loss(*pairs.batch(rows), progress), batches, steps,
                      optimiser, log, lambda step: tuning.refresh(step, steps))
 
-    return datasets.load_state(model, run.stage(stage, build)["state"], run.folder(stage))
+    return run.trained(stage, model, build)
 
 
 def run_all(cfg: Config) -> str:
     """All stages in order, each one kept; returns the tables of results."""
     if cfg.report:
         return datasets.report(Path(cfg.runs_dir), Config, PRESETS)
-    run = Run(cfg, needs(cfg))
+    run = Run(cfg, needs(cfg), fit, ranking_metrics)
     if METHODS[cfg.loss].source in ("curriculum", "random") and cfg.sampler != "none":
         run.check_unclicked(METHODS[cfg.loss].paths(cfg))
     sasrec = train_sasrec(run)
@@ -986,7 +978,7 @@ def run_all(cfg: Config) -> str:
     start = train_generator(run, "sft", catalogue, sasrec, {})
     train_generator(run, "finetune", catalogue, sasrec, start.state_dict())
 
-    return datasets.summary(run, ranking_metrics, sasrec.scores, collaborative_score)
+    return datasets.summary(run, sasrec.scores, collaborative_score)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,27 +2,45 @@
 form, or golden values of the standard implementation.
 
     python -m pytest -q test_gflowgr.py
+    python test_gflowgr.py --benchmark              pairs/s, users/s and the share of the machine's peak
+    python test_gflowgr.py --scaling                time and memory of each stage, up to a million items
 """
+import concurrent.futures
 import contextlib
+import copy
 import errno
 import functools
 import hashlib
 import http.server
+import importlib.util
 import itertools
 import json
 import math
+import multiprocessing
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
 import threading
+import time
 import types
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.flop_counter
 
 import data as datasets
 import gflowgr as g
 from data import DataError
+
+
+HERE = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -482,7 +500,19 @@ def test_sasrec_loss_is_the_cross_entropy_of_every_next_item():
     history, target = torch.tensor([[3, 4, 5], [6, 30, 30]]), torch.tensor([7, 8])
     cases = [([3], 4), ([3, 4], 5), ([3, 4, 5], 7), ([6], 8)]
     losses = [-model.scores(torch.tensor([h])).log_softmax(1)[0, y] for h, y in cases]
-    torch.testing.assert_close(model.loss(history, target), torch.stack(losses).mean())
+    torch.testing.assert_close(model.loss(history, target, 30), torch.stack(losses).mean())
+
+
+def test_sasrec_ranks_a_sample_of_a_large_catalogue(monkeypatch):
+    model, history, target = small_sasrec(), torch.tensor([[3, 4, 5], [6, 30, 30]]), torch.tensor([7, 8])
+    sample = torch.tensor([4, 9, 9, 12, 7])
+    monkeypatch.setattr(torch, "randint", lambda high, size, device: sample)
+    losses = []
+    for h, y in [([3], 4), ([3, 4], 5), ([3, 4, 5], 7), ([6], 8)]:
+        scores = model.scores(torch.tensor([h]))[0]
+        others = [i for i in sample.tolist() if i != y]         # the right answer is never a wrong one
+        losses.append(torch.cat([scores[[y]], scores[others]]).logsumexp(0) - scores[y])
+    torch.testing.assert_close(model.loss(history, target, 5), torch.stack(losses).mean())
 
 
 # --------------------------------------------------------------------------------------------------- 4. T5
@@ -573,7 +603,40 @@ def test_dropout_keeps_its_rate_and_mean_and_draws_anew():
     together = ((first == 0) & (second == 0)).float().mean()
     assert abs(together - 0.01) < 0.002                    # as rare as independent masks would have it
     assert abs((first[:-1] == 0)[second[1:] == 0].float().mean() - 0.1) < 0.01
+    torch.manual_seed(1)
+    alone = dropout(2 * x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(dropout(2 * x, onto=3 * x), alone + 3)           # the same mask, and added
     assert dropout.eval()(x) is not first and torch.equal(dropout(x), x)
+    assert torch.equal(dropout(x, onto=3 * x), 4 * x)
+
+
+def test_norm_and_its_gradient_are_torchs():
+    norm, x = g.RMSNorm(12), torch.randn(3, 5, 12, requires_grad=True)
+    torch.nn.init.normal_(norm.weight)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+        y = x.to(dtype)
+        ours, torchs = norm(y), F.rms_norm(y, (12,), norm.weight.to(dtype), 1e-6)
+        torch.testing.assert_close(ours, torchs, atol=tolerance, rtol=tolerance)
+        along = torch.randn_like(ours)
+        for one, other in zip(*(torch.autograd.grad(out, (x, norm.weight), along) for out in (ours, torchs))):
+            torch.testing.assert_close(one, other, atol=4 * tolerance, rtol=tolerance)
+
+
+@torch.no_grad()
+def test_compiled_blocks_are_close_to_eager_ones():
+    if not any(map(shutil.which, ("g++", "clang++"))):
+        pytest.skip("no compiler")
+    catalogue = small_catalogue()
+    model, history, items = small_generator(catalogue, layers=1), torch.randint(30, (4, 3)), torch.arange(8)
+    items = items.view(4, 2)
+    plain, _ = log_probs(model, catalogue, history, items)
+    for block in (*model.encoder, *model.decoder):
+        block.compile(dynamic=True)
+    twin = copy.deepcopy(model)                         # as a reference policy: its weights are its own
+    torch.nn.init.normal_(twin.decoder[0].wo.weight)
+    assert (log_probs(twin, catalogue, history, items)[0] - plain).abs().max() > 0.01
+    torch.testing.assert_close(log_probs(model, catalogue, history, items)[0], plain, atol=1e-4, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------- 5. trie
@@ -998,30 +1061,47 @@ def test_scalar_z_is_one_number_for_all_users():
 
 def test_batches_hold_every_row_once_an_epoch_and_alike_lengths():
     lengths = torch.randint(1, 6, (100,))
-    batches = list(datasets.length_batches(lengths, 16, 21))
+    batches = list(datasets.length_batches(lengths, 16, 21, 0))
     assert len(batches) == 21
     for epoch in range(3):
         rows = torch.cat(batches[7 * epoch:7 * epoch + 7])
         assert sorted(rows.tolist()) == list(range(100))
     mixed = sum(len(lengths[rows].unique()) > 1 for rows in batches[:7])
     assert mixed <= 4 and [b.tolist() for b in batches[:7]] != [b.tolist() for b in batches[7:14]]
+    again, other = (list(datasets.length_batches(lengths, 16, 21, seed)) for seed in (0, 1))
+    assert all(map(torch.equal, batches, again)) and not all(map(torch.equal, batches, other))
 
 
 def test_rates_warm_up_and_decay_to_zero():
-    model, rates = torch.nn.Linear(1, 1), []
-    optimiser = torch.optim.SGD(model.parameters(), 0.5)
+    model, rates = torch.nn.Linear(1, 1), []            # two groups: a rate of each goes its own way down
+    optimiser = torch.optim.SGD([{"params": model.weight, "lr": 5.0}, {"params": model.bias, "lr": 0.5}])
     rows = iter([torch.zeros(1)] * 40)
     g.fit(model, "x", lambda rows, _: model(torch.ones(1, 1)).sum(), rows, 40, optimiser,
-          lambda entry: None, after=lambda step: rates.append(optimiser.param_groups[0]["lr"]))
+          lambda entry: None, after=lambda step: rates.append([x["lr"] for x in optimiser.param_groups]))
+    ten_fold, rates = zip(*rates)
+    assert ten_fold == pytest.approx([10 * rate for rate in rates])
     assert [rates[0], rates[19], rates[39]] == pytest.approx([0.25, 0.25, 0.0])
     assert max(rates) == max(rates[1:4])
+
+
+def test_rates_are_relative_to_the_size_of_a_weight():
+    model = torch.nn.Sequential(torch.nn.Embedding(500, 8), torch.nn.Linear(8, 500), torch.nn.LayerNorm(500))
+    torch.nn.init.normal_(model[1].weight, std=0.05)
+    before = [weight.detach().clone() for weight in model.parameters()]
+    optimiser = datasets.relative_adamw(model, 0.01, weight_decay=0.0)
+    sum((weight * torch.randn_like(weight)).sum() for weight in model.parameters()).backward()
+    optimiser.step()                    # Adam's first step goes by its rate, whatever the gradient's size
+    for weight, start in zip(model.parameters(), before):
+        size = max(1e-3, start.square().mean().sqrt().item())
+        assert (weight - start).abs().mean().item() == pytest.approx(0.01 * size, rel=0.1)
+    assert sum(len(group["params"]) for group in optimiser.param_groups) == 5
 
 
 def line_fit(**options):
     """Fit y = 3 x by gradient descent; returns the model and what was logged."""
     model, x, entries = torch.nn.Linear(1, 1), torch.linspace(-1, 1, 32)[:, None], []
     g.fit(model, "line", lambda rows, _: (model(x[rows]) - 3 * x[rows]).square().mean(),
-          datasets.length_batches(torch.zeros(32), 8, 200), 200, torch.optim.Adam(model.parameters(), 0.1),
+          datasets.length_batches(torch.zeros(32), 8, 200, 0), 200, torch.optim.Adam(model.parameters(), 0.1),
           entries.append, **options)
     return model, entries
 
@@ -1041,7 +1121,7 @@ def test_fit_ends_with_the_state_of_the_best_validation():
         return {"N@10": next(scores)}
 
     g.fit(model, "x", lambda rows, _: model(torch.ones(4, 1)).sum(),
-          datasets.length_batches(torch.zeros(8), 4, 8), 8, torch.optim.Adam(model.parameters(), 0.1),
+          datasets.length_batches(torch.zeros(8), 4, 8, 0), 8, torch.optim.Adam(model.parameters(), 0.1),
           lambda entry: None, evaluations=4, validate=validate, after=steps.append)
     assert len(seen) == 4 and torch.equal(model.weight, seen[1]) and steps == list(range(1, 9))
 
@@ -1050,7 +1130,7 @@ def test_fit_stops_at_a_loss_that_is_not_finite():
     model = torch.nn.Linear(1, 1)
     with pytest.raises(DataError, match="bad: the loss is nan at step 3"):
         g.fit(model, "bad", lambda rows, _: model(torch.ones(1, 1)).sum() * float("nan"),
-              datasets.length_batches(torch.zeros(8), 4, 3), 3, torch.optim.Adam(model.parameters(), 0.1),
+              datasets.length_batches(torch.zeros(8), 4, 3, 0), 3, torch.optim.Adam(model.parameters(), 0.1),
               lambda entry: None)
 
 
@@ -1191,10 +1271,63 @@ def test_only_what_depends_on_a_setting_is_done_again(world, capsys):
     for flags, stages in [(["--k", "3"], {"finetune"}), (["--beta", "2"], set()),
                           (["--temperature", "0.9"], set()),
                           (["--sasrec-epochs", "1"], {"sasrec", "finetune"}),
-                          (["--lr", "0.02"], {"sft", "finetune"}),
+                          (["--lr", "0.03"], {"sft", "finetune"}),
                           (["--commitment", "0.5"], {"codes", "sft", "finetune"})]:
         lines = [line.split() for line in run(capsys, *flags).out.splitlines() if " in runs" in line]
         assert {line[0] for line in lines if "now" in line} == stages
+
+
+def write_world(folder, data):
+    """A dataset as the two files of a user."""
+    folder.mkdir()
+    ends = data.offsets.tolist()
+    sequences = {str(u): data.items[a:b].tolist() for u, (a, b) in enumerate(zip(ends, ends[1:]))}
+    (folder / f"{folder.name}.inter.json").write_text(json.dumps(sequences))
+    (folder / f"{folder.name}.item.json").write_text(
+        json.dumps({str(i): {"title": text} for i, text in enumerate(data.texts)}))
+
+
+def command(folder, *flags, processes=0):
+    """The command as a user gives it, in `folder`, alone or by torchrun; returns what came of it."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    words = [sys.executable, *(torchrun if processes else []), str(HERE / "gflowgr.py"), *QUICK, *flags]
+    return subprocess.run(words, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
+                          text=True, timeout=300)
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path):
+    write_world(tmp_path / "Small", small_world())
+    flags = ["--dataset", "Small", "--device", "cpu", "--precision", "fp32", "--loss", "sft",
+             "--dropout", "0", "--sasrec-dropout", "0", "--batch", "17", "--finetune-epochs", "2"]
+    alone = command(tmp_path, *flags, "--runs-dir", "one")
+    both = command(tmp_path, *flags, "--runs-dir", "two", processes=2)
+    assert alone.returncode == both.returncode == 0, both.stderr
+    assert both.stdout.count("Small: 60 users") == 1 and "2 processes" in both.stdout   # one speaks
+    found = []
+    for runs in ("one", "two"):
+        folders = sorted((tmp_path / runs / "Small").iterdir())
+        found.append({folder.name: [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+                      for folder in folders})
+    assert found[0].keys() == found[1].keys() and len(found[0]) == 5
+    for stage in found[0]:
+        # SASRec's mean is over positions, of which two halves of a batch need not have equally many.
+        tolerance = 0.01 if stage.startswith("sasrec") else 1e-4
+        for one, two in zip(found[0][stage], found[1][stage], strict=True):
+            assert one.get("loss", 0) == pytest.approx(two.get("loss", 0), rel=tolerance)
+            if stage.startswith("sft"):
+                assert one.get("valid") == pytest.approx(two.get("valid")) and one.keys() == two.keys()
+    again = command(tmp_path, *flags, "--runs-dir", "two", processes=2)
+    assert again.stdout.count("kept from before") == 4 and table(again.stdout) == table(both.stdout)
+
+
+def test_several_processes_report_a_mistake_once(tmp_path):
+    result = command(tmp_path, "--dataset", "nowhere", processes=2)
+    assert result.returncode == 1 and result.stderr.count("unknown dataset 'nowhere'") == 1
+
+
+def test_a_missing_compiler_is_said(world, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "--compile needs a C++ compiler" in run(capsys, "--compile", "--device", "cpu", expect=1).err
 
 
 def test_a_catalogue_of_fewer_items_than_a_list_is_ranked_whole(world, capsys):
@@ -1373,3 +1506,221 @@ def test_help_names_every_setting(capsys):
         g.main(["--help"])
     out = capsys.readouterr().out
     assert all("--" + f.name.replace("_", "-") in out for f in g.dataclasses.fields(g.Config))
+
+# ----------------------------------------------------------------------------------------------- benchmark
+
+# Histories of 1, 2, .. 20 items among Beauty's 131,413 training pairs (data.py, max_history 20).
+BEAUTY_LENGTHS = [22363, 22363, 15201, 10980, 8300, 6489, 5123, 4242, 3547, 2989,
+                  2550, 2189, 1927, 1720, 1507, 1366, 1248, 1136, 1019, 15154]
+SIZES = {"TIGER's": dict(heads=6, d_kv=64, d_ff=1024, layers=4), "default": {}}
+RUNS, STEPS = 3, 16
+
+
+def seconds(work, device, runs=RUNS, warm_up=1):
+    """The median time of work() over `runs` calls, after `warm_up` more."""
+    times = []
+    for _ in range(warm_up + runs):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[warm_up:])
+
+
+def matrix_peak(device, size=4096):
+    """bf16 operations per second of one large matrix product."""
+    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
+    return 2 * size ** 3 / seconds(lambda: a @ b, device, 7, 3)
+
+
+def pairs_like_beauty(n_items=12101, n=60_000):
+    """Random items in histories as long as Beauty's."""
+    lengths = 1 + torch.multinomial(torch.tensor(BEAUTY_LENGTHS, dtype=torch.double), n, replacement=True)
+    end = torch.randint(20, 200_000, (n,))
+    items = F.pad(torch.randint(n_items, (200_000,)), (0, 1), value=n_items)
+    return datasets.Examples(items, end - lengths, end, torch.arange(n))
+
+
+def random_catalogue(n_items, device):
+    """Random codes, 3 levels of 256 and the one that tells twins apart."""
+    return g.Catalogue.of(g.unique_paths(torch.randint(256, (n_items, 3))).to(device), 3)
+
+
+def autocast(device):
+    dtype = datasets.compute_type(device, "auto")
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def training(loss, size, catalogue, sasrec, pairs, device):
+    """All that `fit` does for a batch of rows, as a function of the rows; and the generator."""
+    cfg = g.Config(loss=loss, **size)
+    model = g.T5(catalogue.codes.shape[1], int(catalogue.codes.max()) + 1, cfg.d_model, cfg.heads, cfg.d_kv,
+                 cfg.d_ff, cfg.layers, cfg.dropout).to(device)
+    tuning = g.FineTuning(model, sasrec, catalogue, cfg)
+
+    def train(batches):
+        g.fit(model, loss, lambda rows, progress: tuning.loss(*pairs.batch(rows), progress), iter(batches),
+              len(batches), datasets.relative_adamw(model, 1e-3, 0.01), lambda entry: None,
+              datasets.compute_type(device, "auto"))
+
+    return train, model
+
+
+def standard_training(pairs, n):
+    """Pairs/s of Hugging Face's T5 as LETTER trains it: float32, batches of 256 padded to the longest."""
+    import transformers
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(
+        vocab_size=1025, d_model=128, num_heads=6, d_kv=64, d_ff=1024, num_layers=4, num_decoder_layers=4,
+        decoder_start_token_id=0, pad_token_id=0)).train()
+    optimiser, catalogue = torch.optim.AdamW(model.parameters(), 1e-3), random_catalogue(12101, "cpu")
+
+    def step():
+        history, target = pairs.batch(torch.randint(len(pairs), (256,)))
+        tokens = catalogue.tokens[history].flatten(1)
+        out = model(input_ids=tokens, attention_mask=(tokens > 0).long(), labels=catalogue.tokens[target])
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+
+    return 256 / seconds(step, torch.device("cpu"), n)
+
+
+@torch.no_grad()
+def users_per_second(model, catalogue, pairs, device, beam=20):
+    """Histories that the beam search answers in a second, in batches of 256 of like length."""
+    batches = list(datasets.length_batches(pairs.end - pairs.start, 256, 8, 1))
+
+    def search():
+        with autocast(device):
+            for rows in batches:
+                g.beam_search(model, catalogue, catalogue.read(model, pairs.batch(rows)[0]), beam)
+
+    model.eval()
+    return sum(map(len, batches)) / seconds(search, device)
+
+
+def speed_table(device):
+    """Pairs and users per second of the generator in two sizes and of SASRec, and the share of the peak."""
+    pairs, catalogue = pairs_like_beauty().to(device), random_catalogue(12101, device)
+    peak = matrix_peak(device)
+    sasrec = g.SASRec(12101, 128, 2, 2, 0.4, 50).to(device).requires_grad_(False)
+    batches = list(datasets.length_batches(pairs.end - pairs.start, 256, STEPS, 0))
+    head = ["", "SFT pairs/s", "TB pairs/s", "TB step / SFT's", "share of peak", "users/s"]
+    n, rows = sum(map(len, batches)), [head]
+    for name, size in SIZES.items():
+        train, model = training("sft", size, catalogue, sasrec.eval(), pairs, device)
+        sft = seconds(lambda: train(batches), device)
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+            train(batches)
+        balance, _ = training("tb", size, catalogue, sasrec, pairs, device)
+        tb = seconds(lambda: balance(batches), device)
+        rows.append([f"T5, {name} size", f"{n / sft:,.0f}", f"{n / tb:,.0f}", f"{tb / sft:.2f}",
+                     f"{counter.get_total_flops() / sft / peak:.1%}",
+                     f"{users_per_second(model, catalogue, pairs, device):,.0f}"])
+    optimiser = torch.optim.AdamW(sasrec.train().requires_grad_(True).parameters(), 1e-3, fused=True)
+
+    def step(chosen):
+        with autocast(device):
+            loss = sasrec.loss(*pairs.batch(chosen), 50_000)
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    halves = [half for chosen in batches for half in chosen.split(128)]
+    positions = int((pairs.end - pairs.start)[torch.cat(halves)].sum())
+    took = seconds(lambda: [step(half) for half in halves], device)
+    rows.append(["SASRec", f"{positions / took:,.0f}", "", "", "", ""])
+    if device.type == "cpu" and importlib.util.find_spec("transformers"):
+        rows.append(["Hugging Face T5, TIGER's size", f"{standard_training(pairs, RUNS):,.0f}", *[""] * 4])
+    return f"peak of bf16 matrix products: {peak / 1e12:.2f} TFLOP/s\n" + datasets.aligned(rows)
+
+
+def scaled_stage(stage, n_items):
+    """Seconds and GiB that a stage takes for a catalogue of n_items and 10 interactions per item, on a CPU:
+    a step of 256 histories (of SASRec's training 128 sequences of 10 items), or what is built once."""
+    def most_memory():                                  # of this process so far, in GiB, as Linux tells it
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2 ** 20
+
+    device, start = torch.device("cpu"), most_memory()
+    history, codes = torch.randint(n_items, (256, 10)), g.unique_paths(torch.randint(256, (n_items, 3)))
+    if stage == "split, 1 epoch of batches":
+        data = datasets.Data("random", [], [""] * n_items, torch.randint(n_items, (10 * n_items,)),
+                             torch.arange(0, 10 * n_items + 1, 10), None, "")
+
+        def work():
+            pairs = datasets.split(data)["train"]
+            list(datasets.length_batches(pairs.end - pairs.start, 256, math.ceil(len(pairs) / 256), 0))
+    elif stage == "trie":
+        def work():
+            g.Trie(codes)
+    elif stage == "RQ-VAE, 1 epoch":
+        model, vectors = g.RQVAE(128, 3, 256, 32), torch.randn(n_items, 128)
+        optimiser = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+
+        def work():
+            for rows in datasets.length_batches(torch.zeros(n_items), 1024, math.ceil(n_items / 1024), 0):
+                model(vectors[rows])[0].backward()
+                optimiser.step()
+                optimiser.zero_grad()
+            with torch.no_grad():
+                model.quantiser.restart_dead_codes(model.encoder(vectors))
+    elif stage == "beam search":
+        catalogue, model = g.Catalogue.of(codes, 3), g.T5(4, int(codes.max()) + 1).eval()
+
+        def work():
+            with torch.no_grad(), autocast(device):
+                g.beam_search(model, catalogue, catalogue.read(model, history), 20)
+    else:
+        sasrec = g.SASRec(n_items, 128, 2, 2, 0.4, 50).train(stage == "SASRec step")
+        tuning = g.FineTuning(g.T5(4, int(codes.max()) + 1), sasrec, g.Catalogue.of(codes, 3), g.Config())
+        optimiser = torch.optim.AdamW(sasrec.parameters(), 1e-3, fused=True)
+
+        def work():
+            with autocast(device):
+                if stage == "trajectories of TB":
+                    return tuning.trajectories(g.METHODS["tb"], history, history[:, 0], 0.5)
+                sasrec.loss(history[:128], history[:128, 0], 50_000).backward()
+            optimiser.step()
+            optimiser.zero_grad()
+    took = seconds(work, device)
+    return took, most_memory() - start
+
+
+def scaling_table():
+    """How each stage grows with the catalogue; each in a process of its own, so that its memory is known."""
+    counts = (1_000, 10_000, 100_000, 1_000_000)
+    rows = [["", *(f"{n:,} items" for n in counts)]]
+    for stage in ("split, 1 epoch of batches", "RQ-VAE, 1 epoch", "trie", "SASRec step", "trajectories of TB",
+                  "beam search"):
+        row = [stage]
+        for n in counts:
+            with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                took, memory = pool.submit(scaled_stage, stage, n).result()
+            row.append(f"{took:.3g} s, {memory:.2f} GiB")
+        print(" | ".join(row), file=sys.stderr, flush=True)
+        rows.append(row)
+    return datasets.aligned(rows)
+
+
+def benchmark(argv):
+    """python test_gflowgr.py --benchmark [--scaling] [--device cuda]: print what this machine reaches."""
+    parser = datasets.Parser(prog="test_gflowgr.py", description=benchmark.__doc__, allow_abbrev=False)
+    parser.add_argument("--benchmark", action="store_true", help="pairs/s, users/s and the share of the peak")
+    parser.add_argument("--scaling", action="store_true", help="time and memory up to a million items")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    args = parser.parse_args(argv)
+    if not args.benchmark and not args.scaling:
+        parser.error("nothing to do; give --benchmark or --scaling, or run the tests by python -m pytest")
+    torch.manual_seed(0)
+    datasets.keep_memory()
+    device = datasets.choose_device(args.device)
+    print(f"torch {torch.__version__}, {device}, {datasets.compute_type(device, 'auto')}, "
+          f"{torch.get_num_threads()} threads, medians of {RUNS} runs", flush=True)
+    wanted = [lambda: speed_table(device)] * args.benchmark + [scaling_table] * args.scaling
+    return "\n\n".join(table() for table in wanted)
+
+
+if __name__ == "__main__":
+    sys.exit(datasets.guarded(lambda: benchmark(None)))
