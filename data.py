@@ -789,9 +789,9 @@ def diversity(recommended: torch.Tensor, r_cs: torch.Tensor, data: Data) -> dict
             "r_cs std": r_cs.std(1, correction=0).mean().item(), "rank": (share * rank).sum().item()}
 
 
-def summary(run: Run, scores: Callable, r_cs: Callable) -> str:
-    """The tables of a run that went through all stages. scores: histories (B, T) -> every item's
-    collaborative score (B, N); r_cs: those and items (B, M) -> the items' collaborative rewards (B, M)."""
+def summary(run: Run, scores: Callable, r_cs: Callable) -> tuple[str, dict]:
+    """The tables of a run that went through all stages, and its results. scores: histories (B, T) -> every
+    item's collaborative score (B, N); r_cs: those and items (B, M) -> their collaborative rewards (B, M)."""
     popular = top(popularity(run.data)[None], 20).expand(run.data.n_users, -1)
     test = run.metrics(popular, run.data.items[run.data.offsets[1:] - 1])
     if run.data.liked is not None:
@@ -803,7 +803,35 @@ def summary(run: Run, scores: Callable, r_cs: Callable) -> str:
         parts.append(diversity_table(run, results, scores, r_cs))
     if run.cfg.show:
         parts.append(case_studies(run, results, run.cfg.show))
-    return "\n\n".join(parts)
+    return "\n\n".join(parts), results
+
+
+def for_each_seed(run_all: Callable, cfg) -> str:
+    """The tables of run_all(settings) -> (tables, results); where --seeds names several, they are printed run
+    by run, and mean ± standard deviation over the runs is what is returned. Raises DataError."""
+    if not cfg.seeds:
+        return run_all(cfg)[0]
+    if not re.fullmatch(r"\d{1,9}(,\d{1,9})+", cfg.seeds):
+        raise DataError(f"--seeds {cfg.seeds} is not a list of two or more whole numbers, as 42,43,44")
+    found = []
+    for seed in map(int, cfg.seeds.split(",")):
+        tables, results = run_all(dataclasses.replace(cfg, seed=seed, seeds=""))
+        print(f"{tables}\n", flush=True)
+        found.append(results)
+    return spread_table(found)
+
+
+def spread_table(found: list[dict[str, dict]]) -> str:
+    """Mean ± standard deviation (n - 1) of each result's test metrics over runs."""
+    names = list(found[0]["popularity"]["test"])
+    table = [[f"test, n = {len(found)}", *names, "valid R@10"]]
+    for label in found[0]:
+        row = [label]
+        for part, name in (*(("test", name) for name in names), ("valid", "R@10")):
+            values = [results[label].get(part, {}).get(name) for results in found]
+            row.append("" if None in values else f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}")
+        table.append(row)
+    return aligned(table)
 
 
 def results_table(run: Run, results: dict[str, dict]) -> str:

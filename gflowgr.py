@@ -103,6 +103,7 @@ class Config:
     group: int = knob(16, "policy", "draws from the policy for each history, of ppo and grpo [paper]", low=2)
     clip: float = knob(0.2, "policy", "how far the ratio of ppo and grpo may leave 1 [paper]")
     kl: float = knob(1e-3, "policy", "weight of the KL to the reference in ppo and grpo [paper]")
+    seeds: str = knob("", "run", "as 42,43,44: a run for each, then mean and standard deviation over them")
     data_dir: str = knob("data", "run", "where the datasets lie")
     runs_dir: str = knob("runs", "run", "where every stage's result is kept")
     device: str = knob("auto", "run", "auto (CUDA where there is one), cpu or cuda")
@@ -965,10 +966,10 @@ def train_generator(run: Run, stage: str, catalogue: Catalogue, sasrec: SASRec, 
     return run.trained(stage, model, build)
 
 
-def run_all(cfg: Config) -> str:
-    """All stages in order, each one kept; returns the tables of results."""
+def run_all(cfg: Config) -> tuple[str, dict]:
+    """All stages in order, each one kept; returns the tables of results, and the results."""
     if cfg.report:
-        return datasets.report(Path(cfg.runs_dir), Config, PRESETS)
+        return datasets.report(Path(cfg.runs_dir), Config, PRESETS), {}
     run = Run(cfg, needs(cfg), fit, ranking_metrics)
     if METHODS[cfg.loss].source in ("curriculum", "random") and cfg.sampler != "none":
         run.check_unclicked(METHODS[cfg.loss].paths(cfg))
@@ -983,8 +984,8 @@ def run_all(cfg: Config) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit code: 0, 1 for bad input, 130 for Ctrl-C (and 2 for a wrong flag)."""
-    return datasets.guarded(lambda: run_all(
-        datasets.command_line(Config, PRESETS, argv, "gflowgr.py", __doc__.splitlines()[0])))
+    return datasets.guarded(lambda: datasets.for_each_seed(run_all, datasets.command_line(
+        Config, PRESETS, argv, "gflowgr.py", __doc__.splitlines()[0])))
 
 
 if __name__ == "__main__":

@@ -1266,6 +1266,23 @@ def test_a_run_repeats_itself_and_stages_are_kept(world, capsys):
     assert datasets.read_codes(codes, 50).shape == (50, 3)
 
 
+def test_seeds_run_one_after_another_and_end_in_mean_and_spread(world, capsys):
+    single = [table(run(capsys, "--seed", seed).out) for seed in ("1", "2", "3")]
+    out = run(capsys, "--seeds", "1,2,3").out
+    assert out.count("kept from before") == 12 and out.count("seed ") == 3      # the same runs, found again
+    parts = out[out.index("test, n = 3"):].replace(" ± ", "±").splitlines()
+    assert [line.split()[0] for line in parts[1:]] == ["popularity", "SASRec", "SFT", "then"]
+    for line, *rows in zip(parts[1:], *single):
+        words = line.removeprefix("then").split()[1:]
+        for word, *cells in zip(words[:7], *(row[2 if row[0] == "then" else 1:] for row in rows)):
+            mean, spread = map(float, word.split("±"))
+            values = list(map(float, cells))
+            assert len(values) == 3 and mean == pytest.approx(np.mean(values), abs=2e-4)
+            assert spread == pytest.approx(np.std(values, ddof=1), abs=2e-4)
+    for wrong in ("1", "1,x", "1,,2", "-1,2"):
+        assert "is not a list of two or more" in run(capsys, f"--seeds={wrong}", expect=1).err
+
+
 def test_only_what_depends_on_a_setting_is_done_again(world, capsys):
     run(capsys)
     for flags, stages in [(["--k", "3"], {"finetune"}), (["--beta", "2"], set()),
@@ -1567,13 +1584,20 @@ def training(loss, size, catalogue, sasrec, pairs, device):
     return train, model
 
 
-def standard_training(pairs, n):
+def apart(function, *arguments):
+    """What a function returns in a process of its own."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def standard_training(n):
     """Pairs/s of Hugging Face's T5 as LETTER trains it: float32, batches of 256 padded to the longest."""
     import transformers
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(
         vocab_size=1025, d_model=128, num_heads=6, d_kv=64, d_ff=1024, num_layers=4, num_decoder_layers=4,
         decoder_start_token_id=0, pad_token_id=0)).train()
     optimiser, catalogue = torch.optim.AdamW(model.parameters(), 1e-3), random_catalogue(12101, "cpu")
+    pairs = pairs_like_beauty()
 
     def step():
         history, target = pairs.batch(torch.randint(len(pairs), (256,)))
@@ -1633,7 +1657,7 @@ def speed_table(device):
     took = seconds(lambda: [step(half) for half in halves], device)
     rows.append(["SASRec", f"{positions / took:,.0f}", "", "", "", ""])
     if device.type == "cpu" and importlib.util.find_spec("transformers"):
-        rows.append(["Hugging Face T5, TIGER's size", f"{standard_training(pairs, RUNS):,.0f}", *[""] * 4])
+        rows.append(["Hugging Face T5, TIGER's size", f"{apart(standard_training, RUNS):,.0f}", *[""] * 4])
     return f"peak of bf16 matrix products: {peak / 1e12:.2f} TFLOP/s\n" + datasets.aligned(rows)
 
 
@@ -1696,8 +1720,7 @@ def scaling_table():
                   "beam search"):
         row = [stage]
         for n in counts:
-            with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                took, memory = pool.submit(scaled_stage, stage, n).result()
+            took, memory = apart(scaled_stage, stage, n)
             row.append(f"{took:.3g} s, {memory:.2f} GiB")
         print(" | ".join(row), file=sys.stderr, flush=True)
         rows.append(row)
