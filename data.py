@@ -491,7 +491,7 @@ def choose_device(wanted: str) -> torch.device:
     if wanted.startswith("cuda") and int(wanted[5:] or 0) >= torch.cuda.device_count():
         raise DataError(f"--device {wanted}: torch sees no such device; use --device cpu")
     device = torch.device(wanted)
-    if device.type == "cuda":
+    if device.index is not None:            # a bare "cuda" is torch's current device already
         torch.cuda.set_device(device)
     if several and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -508,8 +508,7 @@ def of_the_first(value):
 
 def average(value: torch.Tensor) -> float:
     """The mean of a scalar over all processes."""
-    rank, world = processes()
-    value = value.detach().clone()
+    value, (_, world) = value.detach().clone(), processes()
     if world > 1:
         dist.all_reduce(value)
     return value.item() / world
@@ -546,8 +545,10 @@ def data_parallel(model: torch.nn.Module, loss_of: Callable, partly: bool) -> Ca
     torch.manual_seed(torch.initial_seed() + rank)      # from here on each draws noise of its own
 
     def share(rows: torch.Tensor, progress: float) -> torch.Tensor:
-        mine = rows[rank::world] if len(rows) >= world else rows
-        return step(mine, progress) * (len(mine) * world / len(rows) if len(rows) >= world else 1.0)
+        if len(rows) < world:               # too few to share out: all do all of them
+            return step(rows, progress)
+        mine = rows[rank::world]
+        return step(mine, progress) * (len(mine) * world / len(rows))
 
     return share
 
@@ -659,7 +660,6 @@ class Run:
         origin = "kept from before" if known else "now kept"
         print(f"{stage:<10}{result['seconds']:7.1f} s, {origin} in {folder}", flush=True)
         return result
-
 
     def trained(self, stage: str, model: torch.nn.Module, build: Callable) -> torch.nn.Module:
         """A model in the state that its stage ended with."""
@@ -809,7 +809,7 @@ def summary(run: Run, scores: Callable, r_cs: Callable) -> tuple[str, dict]:
 def for_each_seed(run_all: Callable, cfg) -> str:
     """The tables of run_all(settings) -> (tables, results); where --seeds names several, they are printed run
     by run, and mean ± standard deviation over the runs is what is returned. Raises DataError."""
-    if not cfg.seeds:
+    if not cfg.seeds or cfg.report:         # a report shows all seeds that are kept
         return run_all(cfg)[0]
     if not re.fullmatch(r"\d{1,9}(,\d{1,9})+", cfg.seeds):
         raise DataError(f"--seeds {cfg.seeds} is not a list of two or more whole numbers, as 42,43,44")

@@ -1143,6 +1143,18 @@ def test_precision_is_what_the_device_can_do():
         datasets.compute_type(cpu, "fp16")
 
 
+def test_a_gpu_is_taken_where_there_is_one(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: taken.append(
+        torch.cuda._utils._get_device_index(device)))               # torch refuses one without an index
+    assert [str(datasets.choose_device(name)) for name in ("auto", "cpu", "cuda", "cuda:1")] \
+        == ["cuda", "cpu", "cuda", "cuda:1"] and taken == [1]
+    with pytest.raises(DataError, match="cuda:2: torch sees no such device"):
+        datasets.choose_device("cuda:2")
+
+
 def test_bf16_is_close_to_float32():
     model, sasrec, *rest = method_setting()
     values = []
@@ -1279,6 +1291,7 @@ def test_seeds_run_one_after_another_and_end_in_mean_and_spread(world, capsys):
             values = list(map(float, cells))
             assert len(values) == 3 and mean == pytest.approx(np.mean(values), abs=2e-4)
             assert spread == pytest.approx(np.std(values, ddof=1), abs=2e-4)
+    assert "Table 1" in run(capsys, "--seeds", "1,2,3", "--report").out
     for wrong in ("1", "1,x", "1,,2", "-1,2"):
         assert "is not a list of two or more" in run(capsys, f"--seeds={wrong}", expect=1).err
 
