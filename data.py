@@ -22,6 +22,7 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import errno
 import hashlib
 import http.client
 import importlib.util
@@ -31,7 +32,9 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -44,6 +47,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+
+with contextlib.suppress(ImportError):      # Windows has none: there two runs at once do the same work twice
+    import fcntl
 
 BASE_URL = ("https://raw.githubusercontent.com/HonghuiBao2000/LETTER/"
             "8d0154e28de37dbb6e24871c508ad8ddb1921cda/data")
@@ -92,23 +98,41 @@ def write_atomically(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        part.write_bytes(content)
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def fetch(url: str, timeout: float = 30.0) -> bytes:
-    """The body behind `url`, with a progress bar. Raises OSError or http.client.HTTPException; a body shorter
-    than its announced length counts as http.client.IncompleteRead."""
-    with urllib.request.urlopen(url, timeout=timeout) as response:
+class SafeRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, but never from HTTPS to anything else."""
+
+    def redirect_request(self, request, file, code, message, headers, new):
+        if request.full_url.startswith("https:") and not new.startswith("https:"):
+            raise urllib.error.HTTPError(new, code, "a redirect away from HTTPS", headers, file)
+        return super().redirect_request(request, file, code, message, headers, new)
+
+
+def fetch(url: str, timeout: float = 30.0, most: int = 1 << 28, patience: float = 1800.0) -> bytes:
+    """The body behind `url`, with a progress bar, through the proxy that the environment names. Raises
+    OSError or http.client.HTTPException; a body shorter than its announced length counts as IncompleteRead.
+    timeout: seconds of silence; patience: seconds in all; most: bytes, more are cut off."""
+    opener = urllib.request.build_opener(SafeRedirects)
+    with opener.open(url, timeout=timeout) as response:
         size, chunks, received = int(response.headers.get("Content-Length") or 0), [], 0
-        name = url.rsplit("/", 1)[-1]
+        name, deadline = url.rsplit("/", 1)[-1], time.monotonic() + patience
         with tqdm(desc=name, total=size or None, unit="B", unit_scale=True, disable=quiet()) as bar:
-            while chunk := response.read(1 << 16):
+            while chunk := response.read1(1 << 16):
                 chunks.append(chunk)
                 received += len(chunk)
                 bar.update(len(chunk))
+                if max(received, size) > most:
+                    raise OSError(errno.EFBIG, f"more than the {most:,} bytes that a file may have")
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"not all there after {patience:.0f} s")
     if received < size:
         raise http.client.IncompleteRead(b"", size - received)
     return b"".join(chunks)
@@ -121,7 +145,7 @@ def fetch_patiently(url: str, pauses: tuple[float, ...] = (1.0, 4.0)) -> bytes:
             return fetch(url)
         except (OSError, http.client.HTTPException) as error:
             refused = isinstance(error, urllib.error.HTTPError) and error.code < 500
-            if pause is None or refused:
+            if pause is None or refused or getattr(error, "errno", None) == errno.EFBIG:
                 raise
         time.sleep(pause)
     raise AssertionError("unreachable")
@@ -140,6 +164,7 @@ def download(dataset: str, data_dir: Path, base_url: str = BASE_URL,
         if path.exists():
             continue
         url = f"{base_url}/{name}/{path.name}"
+        path.parent.mkdir(parents=True, exist_ok=True)      # where nothing can be written, nothing is fetched
         try:
             content = fetch_patiently(url, pauses)
         except (OSError, http.client.HTTPException) as error:
@@ -473,9 +498,13 @@ def processes() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+class Nowhere(io.StringIO):
+    """Where the output of --quiet goes, and that of all processes but the first."""
+
+
 def quiet() -> bool | None:
-    """Whether progress bars are off, as tqdm's `disable`: in all processes but the first; None: if piped."""
-    return processes()[0] > 0 or None
+    """Whether progress bars are off, as tqdm's `disable`: True, or None: off where the output is piped."""
+    return isinstance(sys.stdout, Nowhere) or None
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -562,7 +591,8 @@ class Run:
     The hash is made of just those settings and inputs that the stage depends on, so a change of one setting
     does only those stages again that it can change. cfg: a dataclass, its fields' metadata name a "group";
     needs: stage -> groups; fit: the training loop; metrics: item ids (U, W) and targets (U,) -> figures. A
-    folder holds config.json, metrics.jsonl and checkpoint.pt.
+    folder holds config.json, metrics.jsonl and checkpoint.pt; before that is there, snapshot.pt, from which a
+    training that was cut off goes on.
     """
 
     def __init__(self, cfg, needs: dict[str, tuple[str, ...]], fit: Callable, metrics: Callable):
@@ -571,6 +601,8 @@ class Run:
         self.dtype = compute_type(self.device, cfg.precision)
         if cfg.compile:
             check_compiler(self.device)
+        if cfg.plot and not importlib.util.find_spec("matplotlib"):
+            raise DataError("--plot needs matplotlib, which is not installed: pip install matplotlib")
         self.cfg = dataclasses.replace(cfg, precision=str(self.dtype)[6:],
                                        item_vectors="" if cfg.codes else cfg.item_vectors)
         rank, world = processes()
@@ -618,8 +650,8 @@ class Run:
         return items, examples.items[examples.end[rows]]
 
     def train(self, title: str, model: torch.nn.Module, recommend: Callable, loss_of: Callable,
-              batches: Iterator[torch.Tensor], steps: int, optimiser: torch.optim.Optimizer, log: Callable,
-              after: Callable = lambda step: None) -> dict:
+              batches: Iterator[torch.Tensor], steps: int, optimiser: torch.optim.Optimizer, journal: Journal,
+              **options) -> dict:
         """Fit a recommender, choose its state on validation users, score all of these and, once, the test
         users. recommend: histories (B, T) -> item ids (B, W), best first; the others: see `fit`."""
         def score(part: str, rows: torch.Tensor | None = None) -> tuple[torch.Tensor, dict]:
@@ -627,8 +659,8 @@ class Run:
             return items, self.metrics(items, target)
 
         loss_of = data_parallel(model, loss_of, partly=title != "sasrec")     # sft needs no flow head
-        self.fit(model, title, loss_of, batches, steps, optimiser, log, self.dtype, self.cfg.evaluations,
-                 lambda: score("valid", self.valid_rows)[1], after)
+        self.fit(model, title, loss_of, batches, steps, optimiser, journal, self.dtype, self.cfg.evaluations,
+                 lambda: score("valid", self.valid_rows)[1], **options)
         items, test = score("test")
         if self.data.liked is not None:
             test["liked"] = liked_unseen(items, self.data)
@@ -642,7 +674,7 @@ class Run:
 
     def folder(self, stage: str) -> Path:
         """Where a stage is kept. Of the files that settings name, the content counts, not the path."""
-        settings = {**self.settings(stage), "dataset": self.data.fingerprint}
+        settings = {**self.settings(stage), "dataset": self.data.fingerprint, "format": 2}
         for name in ("item_vectors", "codes"):
             if settings.get(name):
                 settings[name] = git_blob_id(Path(settings[name]).read_bytes())
@@ -650,16 +682,33 @@ class Run:
         label = self.cfg.loss if stage == "finetune" else stage
         return Path(self.cfg.runs_dir) / self.data.name / f"{label}-{key}"
 
-    def stage(self, stage: str, build: Callable[[Callable[[dict], None]], dict]) -> dict:
-        """The result of build(log), seeded and timed, or what an earlier run kept of it. Raises DataError."""
-        folder, leads = self.folder(stage), processes()[0] == 0
-        known = of_the_first((folder / "checkpoint.pt").exists())
-        torch.manual_seed(self.cfg.seed)
-        result = keep(folder, self.settings(stage), build) if leads else known or build(lambda entry: None)
-        result = self.results[stage] = of_the_first(result)
-        origin = "kept from before" if known else "now kept"
+    def kept(self, stage: str) -> dict | None:
+        """What the first process finds kept of a stage, in all processes; None: it is to be done."""
+        folder, result = self.folder(stage), None
+        if processes()[0] == 0 and (not self.cfg.fresh or stage in self.results):
+            result = read_kept(folder / "checkpoint.pt", folder.name)
+        return of_the_first(result)
+
+    def stage(self, stage: str, build: Callable[[Journal], dict]) -> dict:
+        """The result of build(journal), seeded and timed, or what an earlier run kept of it."""
+        folder, result, origin = self.folder(stage), self.kept(stage), "kept from before"
+        if result is None:
+            with alone(folder):
+                result = self.kept(stage)           # another run may have done it, while this one waited
+                if result is None:
+                    torch.manual_seed(self.cfg.seed)
+                    journal = Journal(folder, self.cfg.save_every, self.cfg.fresh, self.afterwards(stage))
+                    result, origin = of_the_first(keep(journal, self.settings(stage), build)), "now kept"
+        self.results[stage] = result
         print(f"{stage:<10}{result['seconds']:7.1f} s, {origin} in {folder}", flush=True)
         return result
+
+    def afterwards(self, stage: str) -> float:
+        """How much longer than a stage the training after it takes, of which that is known: a fine-tuning
+        takes its share of SFT's time."""
+        if stage != "sft" or (self.folder("finetune") / "checkpoint.pt").exists():
+            return 0.0
+        return self.cfg.finetune_epochs / self.cfg.sft_epochs + self.cfg.from_scratch
 
     def trained(self, stage: str, model: torch.nn.Module, build: Callable) -> torch.nn.Module:
         """A model in the state that its stage ended with."""
@@ -668,46 +717,143 @@ class Run:
     def publish(self, codes: torch.Tensor) -> None:
         """Write codes (N, L) in LETTER's format beside their checkpoint."""
         index = self.folder("codes") / f"{self.data.name}.index.json"
-        if processes()[0] == 0 and not index.exists():
+        if processes()[0] == 0 and (self.cfg.fresh or not index.exists()):
             write_atomically(index, format_codes(codes).encode())
 
 
-def keep(folder: Path, settings: dict, build: Callable[[Callable[[dict], None]], dict]) -> dict:
-    """What `build` returned when it first ran for this folder: tensors and plain values, in checkpoint.pt.
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Work in a folder while no other process does: one that comes later waits. However the first one ends,
+    the kernel then takes the lock from it, so nobody waits for the dead."""
+    if processes()[0] or "fcntl" not in globals():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        for attempt in itertools.count():
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if attempt == 0:
+                    print(f"another run is at work in {folder}: waiting for its result", flush=True)
+                time.sleep(0.2)
+            except OSError:             # a file system without locks
+                break
+        yield
 
-    The first time, build(log) runs; each log(entry) adds a line to metrics.jsonl, and config.json holds the
-    settings. The checkpoint appears whole or not at all, so that a build that was cut off starts again.
+
+class Journal:
+    """What a stage in the making writes into its folder: lines of metrics.jsonl, and snapshots of its whole
+    state, from which the same command goes on. Of several processes the first one writes, all of them read;
+    without a folder nothing is written.
+
+    every: seconds between two snapshots; afterwards: how much longer the next training takes than this one.
     """
-    path = folder / "checkpoint.pt"
-    if path.exists():
-        return read_checkpoint(path, folder.name)
-    write_atomically(folder / "config.json", json.dumps(settings, indent=2).encode())
-    started = time.perf_counter()
-    with open(folder / "metrics.jsonl", "w", encoding="utf-8") as lines:
-        def log(entry: dict) -> None:
-            lines.write(json.dumps({"seconds": round(time.perf_counter() - started, 2), **entry}) + "\n")
-            lines.flush()
-        result = {**build(log), "of": folder.name}
-        result["seconds"] = time.perf_counter() - started
-        log({name: value for name, value in result.items() if name in ("valid", "test")})
-    buffer = io.BytesIO()
-    torch.save(result, buffer)
-    write_atomically(path, buffer.getvalue())
+
+    def __init__(self, folder: Path | None = None, every: float = 180.0, fresh: bool = False,
+                 afterwards: float = 0.0):
+        self.folder, self.every, self.afterwards, found = folder, every, afterwards, None
+        self.writes, self.lines = folder is not None and processes()[0] == 0, None
+        if self.writes and fresh:
+            self.snapshot.unlink(missing_ok=True)
+        if self.writes:
+            found = read_kept(self.snapshot, folder.name)
+        self.found = of_the_first(found)
+        self.started = self.saved = time.perf_counter()
+        if self.found:
+            self.started -= self.found["seconds"]
+
+    @property
+    def snapshot(self) -> Path:
+        return self.folder / "snapshot.pt"
+
+    def __enter__(self) -> Journal:
+        if self.writes:                 # what was noted after the snapshot will be noted again
+            self.lines = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
+            self.lines.truncate(self.found["noted"] if self.found else 0)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self.lines:
+            self.lines.close()
+
+    @property
+    def seconds(self) -> float:
+        """Since the stage began, the time between two runs left out."""
+        return time.perf_counter() - self.started
+
+    def log(self, entry: dict) -> None:
+        """Add a line to metrics.jsonl."""
+        if self.lines:
+            self.lines.write(json.dumps({"seconds": round(self.seconds, 2), **entry}) + "\n")
+            self.lines.flush()
+
+    def due(self) -> bool:
+        """Whether the time for another snapshot has come."""
+        return self.writes and time.perf_counter() - self.saved >= self.every
+
+    def save(self, state: dict) -> None:
+        """Put the state of the training into the snapshot."""
+        if self.writes:
+            write_checkpoint(self.snapshot, {**state, "seconds": self.seconds, "noted": self.lines.tell()})
+            self.saved = time.perf_counter()
+
+
+def keep(journal: Journal, settings: dict, build: Callable[[Journal], dict]) -> dict:
+    """What build(journal) returns, tensors and plain values: also kept in checkpoint.pt, and the settings in
+    config.json. The checkpoint appears whole or not at all, and the snapshot goes when it is there."""
+    if journal.writes:
+        write_atomically(journal.folder / "config.json", json.dumps(settings, indent=2).encode())
+    with journal:
+        result = build(journal)
+        result["seconds"] = journal.seconds
+        journal.log({name: value for name, value in result.items() if name in ("valid", "test")})
+    if journal.writes:
+        write_checkpoint(journal.folder / "checkpoint.pt", result)
+        journal.snapshot.unlink(missing_ok=True)
     return result
 
 
-def read_checkpoint(path: Path, of: str) -> dict:
-    """A result that `keep` wrote for the folder `of`; nothing in it is evaluated as code. Raises DataError
-    when it is damaged or another's."""
+def write_checkpoint(path: Path, content: dict) -> None:
+    """Write tensors and plain values, and the name of the folder that they belong to."""
+    buffer = io.BytesIO()
+    torch.save({**content, "of": path.parent.name}, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def read_kept(path: Path, of: str) -> dict | None:
+    """What `write_checkpoint` wrote for the folder `of`; nothing in it is evaluated as code. None where there
+    is none, and where it is damaged or another's: then it is set aside, and that is said."""
+    if not path.exists():
+        return None
     try:
         with zipfile.ZipFile(path) as parts:    # torch.load itself never looks at the check sums
             sound = parts.testzip() is None
         result = torch.load(path, map_location="cpu", weights_only=True)
         if sound and result["of"] == of:
             return result
-    except Exception:  # a damaged file fails in many ways; to the user each means the same
+    except OSError:     # of the disk, not of the file
+        raise
+    except Exception:   # a damaged file fails in many ways; to the user each means the same
         pass
-    raise DataError(f"{path} is damaged or not of this program; remove it and the stage will be done again")
+    aside = path.with_name(f"{path.name}.damaged")
+    os.replace(path, aside)
+    print(f"warning: {path} is damaged or not of this program; it is now {aside.name}, and what it held is "
+          "done again", file=sys.stderr)
+    return None
+
+
+def read_generator(folder: Path, settings: type):
+    """A finished generator of a run's folder: its settings, and what was kept of it. Raises DataError."""
+    folder = Path(folder)
+    path = folder / "checkpoint.pt"
+    result = read_kept(path, folder.name) if path.exists() else None
+    if result is None or "codes" not in result:
+        raise DataError(f"{folder} holds no finished generator; name a folder as runs/Beauty/tb-0123456789")
+    config = read_json(folder / "config.json")
+    names = {f.name for f in dataclasses.fields(settings)}
+    return settings(**{name: value for name, value in config.items() if name in names}), result
 
 
 def load_state(model: torch.nn.Module, state: dict, folder: Path) -> torch.nn.Module:
@@ -720,29 +866,120 @@ def load_state(model: torch.nn.Module, state: dict, folder: Path) -> torch.nn.Mo
     return model.eval()
 
 
-class Progress:
-    """How a training goes: a bar on a terminal, plain lines elsewhere, and entries of metrics.jsonl."""
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, args[0] being the signal's number."""
 
-    def __init__(self, title: str, steps: int, log: Callable[[dict], None]):
-        self.title, self.steps, self.log, self.latest = title, steps, log, {}
-        self.bar = tqdm(desc=title, total=steps, unit="step", disable=quiet(), leave=False)
+
+@contextlib.contextmanager
+def on_signals(answer: Callable) -> Iterator[None]:
+    """Within it answer(number, frame) follows Ctrl-C and SIGTERM; Python allows that in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, answer) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+
+
+def stop(number: int, frame) -> None:
+    """The answer to a signal outside of a training: leave at once."""
+    raise Stopped(number)
+
+
+class Progress(contextlib.ExitStack):
+    """A training as it is seen from outside: a bar on a terminal, plain lines elsewhere, entries of
+    metrics.jsonl, and snapshots of the whole state, every few minutes, at the end, and at Ctrl-C or SIGTERM,
+    which wait for the end of a step. parts: all that has a state, by name; the model is one of them."""
+
+    def __init__(self, title: str, steps: int, journal: Journal, parts: dict):
+        super().__init__()
+        self.title, self.steps, self.journal, self.parts = title, steps, journal, parts
+        self.first, self.signals, self.best, self.latest = 0, [], {}, {}
 
     def __enter__(self) -> Progress:
+        super().__enter__()
+        self.enter_context(on_signals(self.note))
         return self
 
-    def __exit__(self, *exception) -> None:
-        self.bar.close()
+    def note(self, number: int, frame) -> None:
+        """The first signal waits for the end of a step, a second one breaks through."""
+        if self.signals:
+            raise Stopped(number)
+        self.signals.append(number)
+        if not quiet():
+            print("\nstopping after this step (again: at once)", file=sys.stderr)
 
-    def report(self, step: int, batch: int, loss: float, metrics: dict[str, float]) -> None:
-        """After a step of `batch` rows: its loss and, where the model was validated, its metrics."""
-        self.log({"step": step, "loss": loss, **metrics})
+    def resume(self) -> tuple[int, dict | None, float]:
+        """The step after which the training goes on, the best state so far and its score. From a snapshot all
+        parts get the states that they had; torch's random numbers go on there, too."""
+        found, device = self.journal.found, next(self.parts["model"].parameters()).device
+        if found:
+            for name, part in self.parts.items():
+                part.load_state_dict(found["parts"][name])
+            self.first, rank = found["step"], processes()[0]
+            if rank:                # the first one's numbers are its own
+                torch.manual_seed(torch.initial_seed() + found["step"])
+            else:
+                torch.set_rng_state(found["random"])
+                if device.type == "cuda":
+                    torch.cuda.set_rng_state(found["random_cuda"], device)
+            print(f"{self.title}: goes on after step {self.first:,} of {self.steps:,}", flush=True)
+        self.began = time.perf_counter()
+        self.bar = self.enter_context(tqdm(desc=self.title, total=self.steps, initial=self.first, unit="step",
+                                           disable=quiet(), leave=False))
+        return (found["step"], found["best"], found["best_score"]) if found else (0, None, -1.0)
+
+    def done(self, step: int, rows: int, loss: torch.Tensor, metrics: dict, best: tuple) -> None:
+        """After a step of so many rows: its loss and, where the model was validated, its metrics; best: the
+        best state so far and its score. Raises DataError where the loss is not finite, and Stopped."""
+        if step % 50 == 0 or metrics or step == self.steps:     # not always: it waits for the device
+            self.report(step, rows, average(loss), metrics)
+        if step == self.steps or self.signals or self.journal.due():
+            self.save(step, loss, best)
+        if self.signals:
+            raise Stopped(self.signals[0])
+        self.bar.update()
+
+    def save(self, step: int, loss: torch.Tensor, best: tuple) -> None:
+        """Take a snapshot, unless the training has broken down."""
+        weights = [loss.detach(), *self.parts["model"].parameters()]
+        if not all(bool(weight.isfinite().all()) for weight in weights):
+            self.refuse(step, float(loss))
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        cuda = torch.cuda.get_rng_state(loss.device) if loss.is_cuda else None
+        self.journal.save({"parts": state, "step": step, "best": best[0], "best_score": best[1],
+                           "random": torch.get_rng_state(), "random_cuda": cuda})
+
+    def refuse(self, step: int, loss: float) -> None:
+        """Raises the DataError of a training that has broken down."""
+        journal, place = self.journal, "nothing of it is kept"
+        if journal.writes and journal.snapshot.exists():
+            place = f"its state of before is in {journal.snapshot}"
+        raise DataError(f"{self.title}: the loss is {loss}, or a weight not finite, at step {step:,} of "
+                        f"{self.steps:,}; lower the rates or weights of this training ({place})")
+
+    def report(self, step: int, rows: int, loss: float, metrics: dict) -> None:
+        """Note it, and show it on the bar or, where there is none, in a line."""
+        if not np.isfinite(loss):
+            self.refuse(step, loss)
+        if self.parts["scaler"].is_enabled():       # a fused optimiser counts only the steps that it took
+            counts = [state["step"] for state in self.parts["optimiser"].state.values()]
+            self.latest["skipped for overflow in fp16"] = step - int(torch.stack(counts).max())
+        self.journal.log({"step": step, "loss": loss, **self.latest, **metrics})
+        pace = (time.perf_counter() - self.began) / (step - self.first)                 # seconds per step
+        left = tqdm.format_interval((self.steps - step + self.journal.afterwards * self.steps) * pace)
         if metrics:
-            self.latest = {"valid N@10": f"{metrics['N@10']:.4f}"}
+            self.best = {"valid N@10": f"{metrics['N@10']:.4f}"}
             if self.bar.disable:                                                    # piped output has no bar
                 print(f"  {self.title} step {step:,} of {self.steps:,}: loss {loss:.3f}, "
-                      f"valid N@10 {metrics['N@10']:.4f}", flush=True)
-        speed = f"{step * batch / max(self.bar.format_dict['elapsed'], 1e-9):,.0f}"
-        self.bar.set_postfix({"loss": f"{loss:.3f}", "rows/s": speed, **self.latest})
+                      f"valid N@10 {metrics['N@10']:.4f}, about {left} left", flush=True)
+        after = {"with the next": left} if self.journal.afterwards else {}
+        self.bar.set_postfix({"loss": f"{loss:.3f}", "rows/s": f"{rows / pace:,.0f}", **self.best,
+                              **self.latest, **after})
 
 
 # ----------------------------------------------------------------------------------------- results to read
@@ -803,21 +1040,24 @@ def summary(run: Run, scores: Callable, r_cs: Callable) -> tuple[str, dict]:
         parts.append(diversity_table(run, results, scores, r_cs))
     if run.cfg.show:
         parts.append(case_studies(run, results, run.cfg.show))
+    if run.cfg.plot and processes()[0] == 0:
+        parts.append(f"drawn: {plot(run, results)}")
     return "\n\n".join(parts), results
 
 
 def for_each_seed(run_all: Callable, cfg) -> str:
     """The tables of run_all(settings) -> (tables, results); where --seeds names several, they are printed run
     by run, and mean ± standard deviation over the runs is what is returned. Raises DataError."""
-    if not cfg.seeds or cfg.report:         # a report shows all seeds that are kept
-        return run_all(cfg)[0]
-    if not re.fullmatch(r"\d{1,9}(,\d{1,9})+", cfg.seeds):
-        raise DataError(f"--seeds {cfg.seeds} is not a list of two or more whole numbers, as 42,43,44")
-    found = []
-    for seed in map(int, cfg.seeds.split(",")):
-        tables, results = run_all(dataclasses.replace(cfg, seed=seed, seeds=""))
-        print(f"{tables}\n", flush=True)
-        found.append(results)
+    with contextlib.redirect_stdout(Nowhere() if cfg.quiet else sys.stdout):
+        if not cfg.seeds or cfg.report:         # a report shows all seeds that are kept
+            return run_all(cfg)[0]
+        if not re.fullmatch(r"\d{1,9}(,\d{1,9})+", cfg.seeds):
+            raise DataError(f"--seeds {cfg.seeds} is not a list of two or more whole numbers, as 42,43,44")
+        found = []
+        for seed in map(int, cfg.seeds.split(",")):
+            tables, results = run_all(dataclasses.replace(cfg, seed=seed, seeds=""))
+            print(f"{tables}\n", flush=True)
+            found.append(results)
     return spread_table(found)
 
 
@@ -878,6 +1118,31 @@ def case_studies(run: Run, results: dict[str, dict], n: int) -> str:
     return "\n".join(lines[:-1])
 
 
+def plot(run: Run, results: dict[str, dict]) -> Path:
+    """Draw each training's loss and validation N@10 over time, and each result's test R@10 -> the image's
+    path, in the folder of the last stage."""
+    pyplot = importlib.import_module("matplotlib.pyplot")
+    pyplot.switch_backend("agg")                    # into a file, without a screen
+    figure, (losses, curves, bars) = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    for stage, label in zip(("sasrec", "sft", "finetune"), list(results)[1:]):
+        lines = (run.folder(stage) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        steps = [entry for entry in map(json.loads, lines) if "step" in entry]
+        for axes, name in ((losses, "loss"), (curves, "N@10")):
+            points = [(entry["seconds"] / 60, entry[name]) for entry in steps if name in entry]
+            axes.plot(*zip(*points), label=label, marker="." if len(points) < 40 else "")
+    bars.barh(list(results), [result["test"]["R@10"] for result in results.values()])
+    bars.invert_yaxis()
+    for axes, title in ((losses, "loss"), (curves, "validation N@10"), (bars, "test R@10")):
+        axes.set_title(f"{run.data.name}: {title}")
+    for axes in (losses, curves):
+        axes.set_xlabel("minutes of this training")
+        axes.legend()
+    path = run.folder("finetune") / "curves.png"
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
 class Finished(NamedTuple):
     """A trained model that is kept, as its folder tells of it."""
     dataset: str        # the folder's name
@@ -896,10 +1161,14 @@ def finished(runs: Path, settings: type, presets: dict[str, dict]) -> list[Finis
     """All trained models that are kept under `runs`, in the order of their folders' names."""
     models, ablated = [], ("reward", "sampler", "confidence", "k", "lam", "z")
     for path in sorted(runs.glob("*/*/checkpoint.pt")):
-        last = path.with_name("metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1:]
-        if not last or '"test"' not in last[0]:
+        try:
+            last = path.with_name("metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1:]
+            if not last or '"test"' not in last[0]:
+                continue
+            config, test = json.loads(path.with_name("config.json").read_bytes()), json.loads(last[0])["test"]
+        except (ValueError, FileNotFoundError) as error:
+            print(f"warning: {path.parent} is left out: its notes are damaged ({error})", file=sys.stderr)
             continue
-        config = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
         default = {f.name: f.default for f in dataclasses.fields(settings)}
         default.update(presets.get(config["dataset"], {}))
         changed = {name: value for name, value in config.items() if value != default.get(name)
@@ -908,7 +1177,7 @@ def finished(runs: Path, settings: type, presets: dict[str, dict]) -> list[Finis
         models.append(Finished(path.parts[-3], label, config,
                                {name: value for name, value in changed.items() if name not in ablated},
                                {name: value for name, value in changed.items() if name in ablated},
-                               json.loads(last[0])["test"]))
+                               test))
     return models
 
 
@@ -986,6 +1255,25 @@ def knob(default, group: str, text: str, choices: tuple = (), low: float | None 
         group=group, help=text, choices=choices, low=low, below=below))
 
 
+@dataclass(frozen=True)
+class RunSettings:
+    """The settings of a command that are none of the method's."""
+    dataset: str = knob("toy", "data", "toy, beauty, yelp, instruments, or a folder of your own")
+    seed: int = knob(42, "data", "fixes every random choice: on a CPU two runs print the same table", low=0)
+    seeds: str = knob("", "run", "as 42,43,44: a run for each, then mean and standard deviation over them")
+    data_dir: str = knob("data", "run", "where the datasets lie")
+    runs_dir: str = knob("runs", "run", "where every stage's result is kept")
+    device: str = knob("auto", "run", "auto (CUDA where there is one), cpu or cuda")
+    compile: bool = knob(False, "run", "compile the generator's blocks by torch.compile; slower on a CPU")
+    save_every: float = knob(180.0, "run", "seconds between two snapshots of a training's whole state")
+    fresh: bool = knob(False, "run", "start over: do all stages again, whatever is kept of them")
+    diversity: bool = knob(False, "run", "also print how varied each top 10 is (Section 4.5)")
+    show: int = knob(0, "run", "also print the history and the top 10 of this many test users", low=0)
+    plot: bool = knob(False, "run", "also draw learning curves and R@10 beside the run; needs matplotlib")
+    report: bool = knob(False, "run", "only print the paper's Tables 1 and 2 from what lies in runs/")
+    quiet: bool = knob(False, "run", "print nothing but the final tables")
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that answers a mistake with one sentence, the nearest flag in it, and exit code 2."""
 
@@ -1029,26 +1317,29 @@ def explain(error: Exception) -> str:
     if isinstance(error, MemoryError) or re.search("allocate|out of memory", str(error)):
         reason = str(error).strip().splitlines()[-1][:150] if str(error) else "out of memory"
         return f"error: not enough memory ({reason}); lower the sizes, as --batch"
+    if processes()[1] > 1 and re.search("gloo|NCCL|Connection", str(error)):
+        return f"error: another process ended ({str(error).strip().splitlines()[-1][:150]})"
     raise error  # a bug of this program: the traceback helps to find it
 
 
 def guarded(command: Callable[[], str]) -> int:
     """Run a command, print what it returns or one sentence of what went wrong; returns the exit code: 0, 1
-    for bad input, 130 for Ctrl-C. Of several processes the first alone speaks; a fault of another's machine
-    is its own to tell."""
+    for bad input, 130 for Ctrl-C, 143 for SIGTERM. Of several processes the first alone speaks; a fault of
+    another's machine is its own to tell."""
     leads = processes()[0] == 0
     try:
-        with contextlib.redirect_stdout(sys.stdout if leads else io.StringIO()):
+        with on_signals(stop), contextlib.redirect_stdout(sys.stdout if leads else Nowhere()):
             print(command())
         return 0
     except (DataError, OSError, MemoryError, RuntimeError) as error:
-        if leads or not isinstance(error, DataError):
+        cut_off = re.search("gloo|NCCL|Connection", str(error))             # from a process that ended first
+        if leads or not (cut_off or isinstance(error, DataError)):
             print(explain(error), file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         if leads:
-            print("\nstopped: what was finished is kept, the same command goes on after it", file=sys.stderr)
-        return 130
+            print("\nstopped: the same command goes on from here", file=sys.stderr)
+        return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

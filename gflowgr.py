@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 import sys
 from dataclasses import dataclass
@@ -36,16 +37,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data as datasets
-from data import DataError, Run, knob
+from data import DataError, Journal, Run, knob
 
 
 # ============================================================================================= 1. settings
 
 @dataclass(frozen=True)
-class Config:
-    """Every setting, once. [paper]: as the paper, TIGER or LETTER has it; [ours]: left open, or we differ."""
-    dataset: str = knob("toy", "data", "toy, beauty, yelp, instruments, or a folder of your own")
-    seed: int = knob(42, "data", "fixes every random choice: on a CPU two runs print the same table", low=0)
+class Config(datasets.RunSettings):
+    """Every setting of the method, once. [paper]: as the paper, TIGER or LETTER has it; [ours]: left open, or
+    we differ. RunSettings adds the dataset, the seed, folders, the device, and what is printed."""
     item_vectors: str = knob("", "vectors", "a .npy file of your own item vectors, not TF-IDF + SVD")
     vector_dim: int = knob(128, "vectors", "dimensions of the TF-IDF + SVD item vectors [ours]")
     backbone: str = knob("tiger", "codes", "TIGER's RQ-VAE, or LETTER's", ("tiger", "letter"))
@@ -103,14 +103,6 @@ class Config:
     group: int = knob(16, "policy", "draws from the policy for each history, of ppo and grpo [paper]", low=2)
     clip: float = knob(0.2, "policy", "how far the ratio of ppo and grpo may leave 1 [paper]")
     kl: float = knob(1e-3, "policy", "weight of the KL to the reference in ppo and grpo [paper]")
-    seeds: str = knob("", "run", "as 42,43,44: a run for each, then mean and standard deviation over them")
-    data_dir: str = knob("data", "run", "where the datasets lie")
-    runs_dir: str = knob("runs", "run", "where every stage's result is kept")
-    device: str = knob("auto", "run", "auto (CUDA where there is one), cpu or cuda")
-    compile: bool = knob(False, "run", "compile the generator's blocks by torch.compile; slower on a CPU")
-    diversity: bool = knob(False, "run", "also print how varied each top 10 is (Section 4.5)")
-    show: int = knob(0, "run", "also print the history and the top 10 of this many test users", low=0)
-    report: bool = knob(False, "run", "only print the paper's Tables 1 and 2 from what lies in runs/")
 
 
 PRESETS = {"toy": dict(levels=2, codebook_size=32, d_model=64, d_kv=16, d_ff=256, layers=2, batch=64,
@@ -146,6 +138,7 @@ class ResidualQuantiser(nn.Module):
     def __init__(self, levels: int, size: int, dim: int, commitment: float = 0.25):
         super().__init__()
         self.codebooks = nn.Parameter(torch.randn(levels, size, dim))
+        self.register_buffer("clusters", torch.zeros(levels, size, dtype=torch.long))       # LETTER's
         self.commitment = commitment
 
     @torch.no_grad()
@@ -301,11 +294,11 @@ class Dropout(nn.Module):
 
     def mask(self, x: Tensor) -> Tensor:
         """0 at a rate of p, else 1 / (1 - p), in the shape and type of x."""
-        if len(self.strip) < 2 * x.numel() or self.strip.dtype != x.dtype:
-            size = max(1 << 24, 2 * x.numel())
-            noise = torch.rand(size, generator=torch.Generator().manual_seed(size))
-            self.strip = (noise >= self.p).to(x.dtype) / (1 - self.p)
-        start = int(torch.randint(len(self.strip) - x.numel(), ()))
+        places = 1 << 24
+        if len(self.strip) < places + x.numel() or self.strip.dtype != x.dtype:
+            noise = torch.rand(places + 2 * x.numel(), generator=torch.Generator().manual_seed(0))
+            self.strip = (noise >= self.p).to(x.dtype) / (1 - self.p)       # longer: the same, and more
+        start = int(torch.randint(places, ()))
         return self.strip[start:start + x.numel()].view(x.shape)
 
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -773,19 +766,21 @@ class FineTuning:
 # ============================================================================================= 9. training
 
 def fit(model: nn.Module, title: str, loss_of: Callable, batches: Iterator[Tensor], steps: int,
-        optimiser: torch.optim.Optimizer, log: Callable, dtype: torch.dtype = torch.float32,
-        evaluations: int = 0, validate: Callable | None = None,
-        after: Callable = lambda step: None) -> None:
+        optimiser: torch.optim.Optimizer, journal: Journal, dtype: torch.dtype = torch.float32,
+        evaluations: int = 0, validate: Callable | None = None, after: Callable = lambda step: None,
+        **others: nn.Module) -> None:
     """The one loop that trains all models. loss_of(rows, progress) -> scalar; validate() -> metrics, whose
-    N@10 chooses the state to end with (without, the last); after(step) follows a step. Raises DataError."""
+    N@10 chooses the state to end with (without, the last); after(step) follows a step. A training that was
+    cut off goes on from the journal's snapshot, in which `others` are kept, too. Raises DataError."""
     device = next(model.parameters()).device
     rate = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(       # warm-up, then half a cosine
         20 * (step + 1) / steps, 0.5 * (1 + math.cos(math.pi * (step + 1) / steps))))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     checks = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
-    best, best_score = None, -1.0
-    with datasets.Progress(title, steps, log) as progress:
-        for step, rows in enumerate(batches, 1):
+    parts = dict(model=model, optimiser=optimiser, rate=rate, scaler=scaler, **others)
+    with datasets.Progress(title, steps, journal, parts) as progress:
+        start, best, best_score = progress.resume()
+        for step, rows in enumerate(itertools.islice(batches, start, None), start + 1):
             model.train()
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):    # of matrix products
                 loss = loss_of(rows, step / steps)
@@ -800,11 +795,7 @@ def fit(model: nn.Module, title: str, loss_of: Callable, batches: Iterator[Tenso
             metrics = validate() if step in checks else {}
             if metrics and metrics["N@10"] > best_score:
                 best, best_score = copy.deepcopy(model.state_dict()), metrics["N@10"]
-            if step % 50 == 0 or metrics or step == steps:              # not always: it waits for the device
-                if not math.isfinite(value := datasets.average(loss)):
-                    raise DataError(f"{title}: the loss is {value} at step {step}; lower rates or weights")
-                progress.report(step, len(rows), value, metrics)
-            progress.bar.update()
+            progress.done(step, len(rows), loss, metrics, (best, best_score))
     model.load_state_dict(best or model.state_dict())
 
 
@@ -859,20 +850,20 @@ def needs(cfg: Config) -> dict[str, tuple[str, ...]]:
             "sft": sft, "finetune": (*sft, "sasrec", "finetune", *METHODS[cfg.loss].groups)}
 
 
-def train_codes(run: Run, vectors: Tensor, collaborative: Tensor, log: Callable) -> Tensor:
+def train_codes(run: Run, vectors: Tensor, collaborative: Tensor, journal: Journal) -> Tensor:
     """Train an RQ-VAE on item vectors (N, d_in), LETTER's on SASRec's (N, dim) too -> codes (N, L)."""
     cfg, n = run.cfg, len(vectors)
     steps = cfg.code_epochs * math.ceil(n / 1024)
     alignment, even_codes = (cfg.alignment, cfg.even_codes) if cfg.backbone == "letter" else (0, 0)
     model = RQVAE(vectors.shape[1], cfg.levels, cfg.codebook_size, cfg.code_dim, cfg.commitment)
-    quantiser, clusters = model.to(run.device).quantiser, []
+    quantiser = model.to(run.device).quantiser
 
     def loss_of(rows: Tensor, progress: float) -> Tensor:
         loss, quantised = model(vectors[rows])
         if alignment:
             loss = loss + alignment * alignment_loss(quantised.value, collaborative[rows])
         if even_codes:
-            levels = zip(quantiser.codebooks, clusters, quantised.codes.T)
+            levels = zip(quantiser.codebooks, quantiser.clusters, quantised.codes.T)
             loss = loss + even_codes * sum(even_codes_loss(*level) for level in levels) / cfg.levels
         return loss
 
@@ -881,14 +872,15 @@ def train_codes(run: Run, vectors: Tensor, collaborative: Tensor, log: Callable)
         if step % max(steps // 15, 1) == 0:
             if 0 < step < 0.8 * steps:              # afterwards the codes must come to rest
                 quantiser.restart_dead_codes(model.encoder(vectors))
-            clusters[:] = [balanced_clusters(codebook) for codebook in quantiser.codebooks if even_codes]
+            if even_codes:
+                quantiser.clusters.copy_(torch.stack([*map(balanced_clusters, quantiser.codebooks)]))
 
     with torch.no_grad():
         quantiser.initialise(model.encoder(vectors))
     tidy(0)
     batches = datasets.length_batches(torch.zeros(n), 1024, steps, cfg.seed)
     optimiser = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.0, fused=True)
-    fit(model, "codes", loss_of, batches, steps, optimiser, log, after=tidy)
+    fit(model, "codes", loss_of, batches, steps, optimiser, journal, after=tidy)
     with torch.no_grad():
         return model(vectors)[1].codes
 
@@ -897,15 +889,15 @@ def item_codes(run: Run, sasrec: SASRec) -> Catalogue:
     """Each item as a path of codes of its own, from --codes or the backbone; also written in that format."""
     cfg, data = run.cfg, run.data
 
-    def build(log: Callable) -> dict:
+    def build(journal: Journal) -> dict:
         if cfg.codes:
             codes = datasets.read_codes(Path(cfg.codes), data.n_items)
             if codes.shape[1] > 1 and torch.equal(unique_paths(codes[:, :-1]), codes):  # it only counts twins
                 codes = codes[:, :-1]
         else:
-            result = run.stage("vectors", lambda log: {"vectors": datasets.item_vectors(cfg, data)})
+            result = run.stage("vectors", lambda _: {"vectors": datasets.item_vectors(cfg, data)})
             collaborative = datasets.principal_vectors(sasrec.item.weight[:-1], cfg.code_dim)
-            codes = train_codes(run, result["vectors"].to(run.device), collaborative, log).cpu()
+            codes = train_codes(run, result["vectors"].to(run.device), collaborative, journal).cpu()
         twins = len(codes.unique(dim=0)) < len(codes)
         return {"codes": unique_paths(codes) if twins else codes, "semantic": codes.shape[1]}
 
@@ -924,7 +916,7 @@ def train_sasrec(run: Run) -> SASRec:
     model = SASRec(run.data.n_items, cfg.sasrec_dim, cfg.sasrec_layers, cfg.sasrec_heads, cfg.sasrec_dropout,
                    length).to(run.device)
 
-    def build(log: Callable) -> dict:
+    def build(journal: Journal) -> dict:
         pairs = datasets.split(run.data, length)["train"].to(run.device)
         whole = F.pad(pairs.user.diff() != 0, (0, 1), value=True).nonzero()[:, 0]   # each user's last pair
         steps = cfg.sasrec_epochs * math.ceil(len(whole) / cfg.sasrec_batch)
@@ -933,22 +925,26 @@ def train_sasrec(run: Run) -> SASRec:
                                       fused=True)
         return run.train("sasrec", model, lambda history: datasets.top(model.scores(history), 20),
                      lambda rows, _: model.loss(*pairs.batch(whole[rows]), cfg.sasrec_pool), batches, steps,
-                     optimiser, log)
+                     optimiser, journal)
 
     return run.trained("sasrec", model, build).requires_grad_(False)
+
+
+def generator(cfg: Config, catalogue: Catalogue) -> T5:
+    """An untrained generator of the size that the settings name."""
+    return T5(catalogue.codes.shape[1], int(catalogue.codes.max()) + 1, cfg.d_model, cfg.heads, cfg.d_kv,
+              cfg.d_ff, cfg.layers, cfg.dropout, cfg.temperature if cfg.backbone == "letter" else 1.0)
 
 
 def train_generator(run: Run, stage: str, catalogue: Catalogue, sasrec: SASRec, initial: dict) -> T5:
     """Stage sft: a fresh generator, by SFT. Stage finetune: by --loss, from its state, `initial`."""
     cfg = run.cfg if stage == "finetune" else dataclasses.replace(run.cfg, loss="sft", from_scratch=True)
     torch.manual_seed(cfg.seed)
-    model = T5(catalogue.codes.shape[1], int(catalogue.codes.max()) + 1, cfg.d_model, cfg.heads, cfg.d_kv,
-               cfg.d_ff, cfg.layers, cfg.dropout, cfg.temperature if cfg.backbone == "letter" else 1.0)
-    model.to(run.device)
+    model = generator(cfg, catalogue).to(run.device)
     for block in (*model.encoder, *model.decoder) if cfg.compile else ():
         block.compile(dynamic=True)
 
-    def build(log: Callable) -> dict:
+    def build(journal: Journal) -> dict:
         pairs = run.parts["train"]
         epochs = cfg.finetune_epochs * (stage == "finetune") + cfg.sft_epochs * cfg.from_scratch
         if not cfg.from_scratch:
@@ -958,12 +954,28 @@ def train_generator(run: Run, stage: str, catalogue: Catalogue, sasrec: SASRec, 
         lr = cfg.lr if cfg.from_scratch else cfg.finetune_lr
         optimiser = datasets.relative_adamw(model, lr, cfg.weight_decay)
         batches = datasets.length_batches(pairs.end - pairs.start, cfg.batch, steps, cfg.seed)
-        return run.train(cfg.loss, model, lambda history: beam_search(
-                         model, catalogue, catalogue.read(model, history), cfg.beam)[0],
-                     lambda rows, progress: tuning.loss(*pairs.batch(rows), progress), batches, steps,
-                     optimiser, log, lambda step: tuning.refresh(step, steps))
+        result = run.train(cfg.loss, model, lambda history: beam_search(
+                               model, catalogue, catalogue.read(model, history), cfg.beam)[0],
+                           lambda rows, progress: tuning.loss(*pairs.batch(rows), progress), batches, steps,
+                           optimiser, journal, after=lambda step: tuning.refresh(step, steps),
+                           **({"old": tuning.old} if tuning.old else {}))
+        return {**result, "codes": catalogue.codes.cpu(), "semantic": catalogue.semantic}
 
     return run.trained(stage, model, build)
+
+
+@torch.no_grad()
+def recommend(run_folder: str | Path, history: list[int], k: int = 10) -> list[int]:
+    """The k best next items after a history of item ids, oldest first, by a trained generator: run_folder is
+    that of an SFT or a fine-tuning, as runs/toy/tb-0123456789. Raises DataError."""
+    cfg, kept = datasets.read_generator(run_folder, Config)
+    catalogue = Catalogue.of(kept["codes"], kept["semantic"])
+    n_items = len(catalogue.codes)
+    if not history or not set(history) <= set(range(n_items)) or not 1 <= k <= n_items:
+        raise DataError(f"a history needs item ids of 0 to {n_items - 1}, and k must be 1 to {n_items}")
+    model = datasets.load_state(generator(cfg, catalogue), kept["state"], run_folder)
+    memory = catalogue.read(model, torch.tensor([history[-cfg.max_history:]]))
+    return beam_search(model, catalogue, memory, max(k, cfg.beam))[0][0, :k].tolist()
 
 
 def run_all(cfg: Config) -> tuple[str, dict]:
@@ -983,7 +995,8 @@ def run_all(cfg: Config) -> tuple[str, dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns the exit code: 0, 1 for bad input, 130 for Ctrl-C (and 2 for a wrong flag)."""
+    """The command; returns the exit code: 0, 1 for bad input, 130 for Ctrl-C, 143 for SIGTERM (and 2 for a
+    wrong flag)."""
     return datasets.guarded(lambda: datasets.for_each_seed(run_all, datasets.command_line(
         Config, PRESETS, argv, "gflowgr.py", __doc__.splitlines()[0])))
 
