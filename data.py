@@ -959,8 +959,9 @@ class Progress(contextlib.ExitStack):
         journal, place = self.journal, "nothing of it is kept"
         if journal.writes and journal.snapshot.exists():
             place = f"its state of before is in {journal.snapshot}"
-        raise DataError(f"{self.title}: the loss is {loss}, or a weight not finite, at step {step:,} of "
-                        f"{self.steps:,}; lower the rates or weights of this training ({place})")
+        what = "a weight is not finite" if np.isfinite(loss) else f"the loss is {loss}"
+        raise DataError(f"{self.title}: {what} at step {step:,} of {self.steps:,}; lower the rates or weights "
+                        f"of this training ({place})")
 
     def report(self, step: int, rows: int, loss: float, metrics: dict) -> None:
         """Note it, and show it on the bar or, where there is none, in a line."""

@@ -18,14 +18,19 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
+import random
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
 import types
+import urllib.error
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,6 +84,8 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.server.paths.append(self.path)
         status, body, length = self.server.replies.pop(0)
         self.send_response(status)
+        if status == 302:
+            self.send_header("Location", body.decode())
         self.send_header("Content-Length", str(length))
         self.end_headers()
         self.wfile.write(body)
@@ -146,6 +153,42 @@ def test_download_that_fails_leaves_nothing(tiny, tmp_path, replies, requests, w
         datasets.download("tiny", tmp_path, url, (0.0, 0.0))
     assert words in str(error.value) and "Tiny.inter.json" in str(error.value)
     assert len(server.paths) == requests and files_under(tmp_path) == []
+
+
+def test_redirects_are_followed_but_never_away_from_https(tiny, tmp_path):
+    with serve((302, b"/elsewhere"), (200, INTER), (200, ITEM)) as (server, url):
+        datasets.download("tiny", tmp_path, url, ())
+    assert server.paths[1] == "/elsewhere" and len(files_under(tmp_path)) == 2
+    handler = datasets.SafeRedirects()
+    request = urllib.request.Request("https://a/x")
+    assert handler.redirect_request(request, None, 302, "", {}, "https://b/x").full_url == "https://b/x"
+    with pytest.raises(urllib.error.HTTPError, match="away from HTTPS"):
+        handler.redirect_request(request, None, 302, "", {}, "http://b/x")
+    assert all(url.startswith("https://") for url in (datasets.BASE_URL,))
+
+
+def test_a_server_that_sends_too_much_or_too_slowly_is_cut_off():
+    with serve((200, b"x" * 5000), (200, b"x" * 5000, 10 ** 12), (200, b"x")) as (server, url):
+        for _ in range(2):
+            with pytest.raises(OSError, match="more than the 4,000 bytes"):
+                datasets.fetch(url, most=4000)
+        with pytest.raises(TimeoutError, match="not all there"):
+            datasets.fetch(url, patience=-1.0)
+
+
+def test_the_proxy_of_the_environment_is_asked(monkeypatch):
+    with serve((200, b"by proxy")) as (server, url):
+        monkeypatch.setenv("http_proxy", url)
+        monkeypatch.setenv("no_proxy", "")
+        assert datasets.fetch("http://somewhere.invalid/file") == b"by proxy"
+    assert server.paths == ["http://somewhere.invalid/file"]
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_fetched(tiny, tmp_path):
+    (tmp_path / "Tiny").write_text("a file")
+    with serve() as (server, url), pytest.raises(OSError):
+        datasets.download("tiny", tmp_path, url, ())
+    assert server.paths == []
 
 
 def test_no_network_names_the_way_out(tiny, tmp_path):
@@ -286,35 +329,45 @@ def test_item_vectors_of_any_scale_are_the_same(tmp_path):
         torch.testing.assert_close(other, found[0])
 
 
-def test_keep_builds_once_and_whole(tmp_path):
-    calls = []
-
-    def build(log):
-        calls.append(1)
-        log({"step": 1})
+def test_keep_writes_a_stage_whole(tmp_path):
+    def build(journal):
+        journal.log({"step": 1})
         return {"x": torch.arange(3), "valid": {"R@10": 0.5}}
 
-    for _ in range(2):
-        assert datasets.keep(tmp_path, {"a": 1}, build)["x"].tolist() == [0, 1, 2]
-    assert len(calls) == 1 and json.loads((tmp_path / "config.json").read_text()) == {"a": 1}
+    datasets.keep(datasets.Journal(tmp_path), {"a": 1}, build)
+    assert datasets.read_kept(tmp_path / "checkpoint.pt", tmp_path.name)["x"].tolist() == [0, 1, 2]
+    assert json.loads((tmp_path / "config.json").read_text()) == {"a": 1}
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["step"] == 1 and lines[1]["valid"] == {"R@10": 0.5}
-    path, whole = tmp_path / "checkpoint.pt", (tmp_path / "checkpoint.pt").read_bytes()
+    assert files_under(tmp_path) == ["checkpoint.pt", "config.json", "metrics.jsonl"]
+
+
+class Code:
+    """What a pickle that is not ours might do."""
+
+    def __reduce__(self):
+        return os.mkdir, ("evaluated",)
+
+
+def test_damaged_and_foreign_files_are_set_aside_and_never_evaluated(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    assert datasets.read_kept(path, tmp_path.name) is None and capsys.readouterr().err == ""
+    datasets.write_checkpoint(path, {"x": torch.arange(3)})
+    whole = path.read_bytes()
     place = whole.index(torch.arange(3).numpy().tobytes())
-    flipped = whole[:place] + b"\1" + whole[place + 1:]
-    for content in (b"", b"cut off", whole[:-30], flipped):
+    foreign = []
+    for content in ({"x": 1, "of": "other"}, {"x": 1}, [1], Code(), {"of": tmp_path.name, "x": Code()}):
+        torch.save(content, path)
+        foreign.append(path.read_bytes())
+    for content in (b"", b"\0" * 99, b"cut off", whole[:-30], whole[:place] + b"\1" + whole[place + 1:],
+                    pickle.dumps(Code()), *foreign):
         path.write_bytes(content)
-        with pytest.raises(DataError, match="checkpoint.pt is damaged"):
-            datasets.keep(tmp_path, {}, build)
-
-
-def test_keep_leaves_no_result_of_a_build_that_stopped(tmp_path):
-    def stopped(log):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        datasets.keep(tmp_path, {}, stopped)
-    assert not (tmp_path / "checkpoint.pt").exists()
+        assert datasets.read_kept(path, tmp_path.name) is None
+        assert (tmp_path / "checkpoint.pt.damaged").read_bytes() == content and not path.exists()
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "checkpoint.pt is damaged or not of this program" in err
+    assert not (tmp_path / "evaluated").exists()
 
 
 # ------------------------------------------------------------------------------------------------ 2. codes
@@ -410,7 +463,7 @@ def codes_of(seed=3, **changes):
     collaborative = (3 * F.one_hot(groups, 8).float() + 0.3 * torch.randn(120, 8)).requires_grad_()
     cfg = g.Config(**{**dict(levels=2, codebook_size=12, code_dim=8, code_epochs=400), **changes})
     run = types.SimpleNamespace(cfg=cfg, device=torch.device("cpu"))
-    codes = g.train_codes(run, text, collaborative, lambda entry: None)
+    codes = g.train_codes(run, text, collaborative, datasets.Journal())
     assert collaborative.grad is None
     same = groups[:, None] == groups
     return codes, (codes[:, None] == codes).float().mean(-1)[same].mean().item()
@@ -1043,7 +1096,7 @@ def test_own_codes_come_back_without_the_code_that_counts_twins(world, capsys):
     run(capsys)
     index, = (world / "runs" / "toy").glob("codes-*/toy.index.json")
     run(capsys, "--codes", str(index), "--runs-dir", "again")
-    first, second = (datasets.read_checkpoint(path, path.parent.name) for folder in ("runs", "again")
+    first, second = (datasets.read_kept(path, path.parent.name) for folder in ("runs", "again")
                      for path in (world / folder / "toy").glob("codes-*/checkpoint.pt"))
     assert torch.equal(first["codes"], second["codes"]) and first["semantic"] == second["semantic"] == 2
 
@@ -1077,7 +1130,7 @@ def test_rates_warm_up_and_decay_to_zero():
     optimiser = torch.optim.SGD([{"params": model.weight, "lr": 5.0}, {"params": model.bias, "lr": 0.5}])
     rows = iter([torch.zeros(1)] * 40)
     g.fit(model, "x", lambda rows, _: model(torch.ones(1, 1)).sum(), rows, 40, optimiser,
-          lambda entry: None, after=lambda step: rates.append([x["lr"] for x in optimiser.param_groups]))
+          datasets.Journal(), after=lambda step: rates.append([x["lr"] for x in optimiser.param_groups]))
     ten_fold, rates = zip(*rates)
     assert ten_fold == pytest.approx([10 * rate for rate in rates])
     assert [rates[0], rates[19], rates[39]] == pytest.approx([0.25, 0.25, 0.0])
@@ -1100,9 +1153,11 @@ def test_rates_are_relative_to_the_size_of_a_weight():
 def line_fit(**options):
     """Fit y = 3 x by gradient descent; returns the model and what was logged."""
     model, x, entries = torch.nn.Linear(1, 1), torch.linspace(-1, 1, 32)[:, None], []
+    journal = datasets.Journal()
+    journal.log = entries.append
     g.fit(model, "line", lambda rows, _: (model(x[rows]) - 3 * x[rows]).square().mean(),
           datasets.length_batches(torch.zeros(32), 8, 200, 0), 200, torch.optim.Adam(model.parameters(), 0.1),
-          entries.append, **options)
+          journal, **options)
     return model, entries
 
 
@@ -1122,16 +1177,33 @@ def test_fit_ends_with_the_state_of_the_best_validation():
 
     g.fit(model, "x", lambda rows, _: model(torch.ones(4, 1)).sum(),
           datasets.length_batches(torch.zeros(8), 4, 8, 0), 8, torch.optim.Adam(model.parameters(), 0.1),
-          lambda entry: None, evaluations=4, validate=validate, after=steps.append)
+          datasets.Journal(), evaluations=4, validate=validate, after=steps.append)
     assert len(seen) == 4 and torch.equal(model.weight, seen[1]) and steps == list(range(1, 9))
 
 
-def test_fit_stops_at_a_loss_that_is_not_finite():
-    model = torch.nn.Linear(1, 1)
-    with pytest.raises(DataError, match="bad: the loss is nan at step 3"):
-        g.fit(model, "bad", lambda rows, _: model(torch.ones(1, 1)).sum() * float("nan"),
-              datasets.length_batches(torch.zeros(8), 4, 3, 0), 3, torch.optim.Adam(model.parameters(), 0.1),
-              lambda entry: None)
+def test_fit_stops_at_a_loss_that_is_not_finite(tmp_path):
+    def bad(model, journal):
+        with journal:
+            g.fit(model, "bad", lambda rows, at: model(torch.ones(1, 1)).sum() * (math.nan if at > 0.9 else 1),
+                  datasets.length_batches(torch.zeros(8), 4, 10, 0), 10,
+                  torch.optim.Adam(model.parameters(), 0.1), journal)
+
+    with pytest.raises(DataError, match=r"bad: the loss is nan at step 10 of 10; .* \(nothing of it is kept"):
+        bad(torch.nn.Linear(1, 1), datasets.Journal())
+    journal = datasets.Journal(tmp_path, every=0.0)
+    with pytest.raises(DataError, match=r"step 10 .* \(its state of before is in .*snapshot.pt"):
+        bad(torch.nn.Linear(1, 1), journal)
+    found = datasets.read_kept(journal.snapshot, tmp_path.name)
+    assert found["step"] == 9 and found["parts"]["model"]["weight"].isfinite().all()
+
+
+def test_overflow_in_fp16_is_skipped_and_counted():
+    model, entries, journal = torch.nn.Linear(1, 1), [], datasets.Journal()
+    journal.log = entries.append
+    g.fit(model, "x", lambda rows, at: (model(torch.ones(1, 1)) - 3).square().mean() * (1e38 if at < 0.05 else 1),
+          iter([torch.zeros(1)] * 100), 100, torch.optim.AdamW(model.parameters(), 0.3, fused=True), journal,
+          torch.float16)
+    assert entries[-1]["skipped for overflow in fp16"] == 4 and entries[-1]["loss"] < 0.1
 
 
 def test_precision_is_what_the_device_can_do():
@@ -1272,7 +1344,7 @@ def test_a_run_repeats_itself_and_stages_are_kept(world, capsys):
     fresh = run(capsys, "--loss", "tb", "--runs-dir", "again").out
     assert table(fresh) == table(first)                    # same seed, same table
     folder, = (world / "runs" / "toy").glob("tb-*")
-    assert files_under(folder) == ["checkpoint.pt", "config.json", "metrics.jsonl"]
+    assert files_under(folder) == [".lock", "checkpoint.pt", "config.json", "metrics.jsonl"]
     assert json.loads((folder / "config.json").read_text())["lam"] == 0.01
     codes, = (world / "runs" / "toy").glob("codes-*/toy.index.json")
     assert datasets.read_codes(codes, 50).shape == (50, 3)
@@ -1419,21 +1491,192 @@ def test_too_little_memory_is_one_sentence_and_a_bug_is_not_hidden(world, capsys
         datasets.explain(RuntimeError("a bug"))
 
 
-@pytest.mark.parametrize("stage", ["codes", "sasrec", "sft", "tb"])
-def test_ctrl_c_in_any_stage_loses_nothing(world, capsys, monkeypatch, stage):
-    fit = g.fit
+def kept_in(runs):
+    """What lies in checkpoints, by stage, without the time that it took."""
+    found = {path.parent.name: torch.load(path, weights_only=True) for path in runs.glob("*/*/checkpoint.pt")}
+    return {name: {k: v for k, v in result.items() if k != "seconds"} for name, result in found.items()}
 
-    def interrupted(model, title, *rest, **options):
-        if title == stage:
-            raise KeyboardInterrupt
-        return fit(model, title, *rest, **options)
 
-    monkeypatch.setattr(g, "fit", interrupted)
-    assert "the same command goes on" in run(capsys, expect=130).err
+def same(one, two):
+    """Whether two nests of dicts, tensors and plain values are the same to the last bit."""
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    return torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
+
+
+@pytest.mark.parametrize("number, stage, flags", [
+    (signal.SIGINT, "codes", ["--backbone", "letter"]), (signal.SIGTERM, "sasrec", []),
+    (signal.SIGINT, "sft", []),
+    *((signal.SIGTERM, loss, ["--loss", loss, "--group", "4"]) for loss in g.METHODS if loss != "sft")])
+def test_a_stopped_training_goes_on_to_the_same_end(world, capsys, monkeypatch, number, stage, flags):
+    flags = [*flags, "--finetune-epochs", "8"]
+    whole = run(capsys, *flags, "--runs-dir", "whole").out
+    done = datasets.Progress.done
+
+    def stopping(progress, step, *rest):
+        if progress.title == stage and step == max(2, progress.steps * 2 // 3):
+            os.kill(os.getpid(), number)
+        done(progress, step, *rest)
+
+    monkeypatch.setattr(datasets.Progress, "done", stopping)
+    assert "the same command goes on from here" in run(capsys, *flags, expect=128 + number).err
     assert not list((world / "runs" / "toy").glob(f"{stage}-*/checkpoint.pt"))
-    done = len(list((world / "runs" / "toy").glob("*/checkpoint.pt")))
-    monkeypatch.setattr(g, "fit", fit)
-    assert run(capsys).out.count("kept from before") == max(done - (stage != "codes"), 0)
+    monkeypatch.setattr(datasets.Progress, "done", done)
+    out = run(capsys, *flags).out
+    assert f"{stage}: goes on after step" in out and table(out) == table(whole)
+    assert same(kept_in(world / "whole"), kept_in(world / "runs"))
+    for notes in (world / "whole").glob("*/*/metrics.jsonl"):               # nothing is noted twice or lost
+        other = world / "runs" / notes.relative_to(world / "whole")
+        one, two = ([{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.open()]
+                    for path in (notes, other))
+        assert one == two
+    assert not list(world.rglob("snapshot.pt"))
+
+
+def test_dropout_draws_the_same_however_long_its_strip_grew():
+    short, grown, x = g.Dropout(0.3), g.Dropout(0.3), torch.ones(50)
+    grown(torch.ones(1 << 23))
+    torch.manual_seed(3)
+    first = short(x)
+    torch.manual_seed(3)
+    assert torch.equal(grown(x), first)
+
+
+def wait_for(condition, process, seconds=120):
+    """Until it holds, or the process has ended."""
+    deadline = time.monotonic() + seconds
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def started(folder, *flags):
+    """The command as a user gives it, left to run."""
+    return subprocess.Popen([sys.executable, str(HERE / "gflowgr.py"), *QUICK, *flags], cwd=folder, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
+def killed(folder, flags, stages, moment):
+    """Start the command again and again and kill it: in each of the stages, `moment()` seconds after its
+    first snapshot; then let it end, and return what it printed."""
+    for stage in stages:
+        process = started(folder, *flags)
+        wait_for(lambda: list(folder.glob(f"runs/*/{stage}-*/snapshot.pt")), process)
+        time.sleep(moment())
+        process.kill()
+        process.communicate()
+    process = started(folder, *flags)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+SMALL = ["--dataset", "Small", "--device", "cpu", "--sft-epochs", "20", "--finetune-epochs", "20"]
+
+
+def test_a_killed_run_ends_as_if_nothing_had_been(tmp_path):
+    write_world(tmp_path / "Small", small_world())
+    whole = command(tmp_path, *SMALL, "--runs-dir", "whole")
+    assert whole.returncode == 0, whole.stderr
+    out = killed(tmp_path, [*SMALL, "--save-every", "0"], ["sasrec", "sft", "tb"], lambda: 0.05)
+    assert table(out) == table(whole.stdout)
+    assert same(kept_in(tmp_path / "whole"), kept_in(tmp_path / "runs")) and len(kept_in(tmp_path / "runs")) == 5
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", out)                    # piped: no control characters
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_been(tmp_path):
+    write_world(tmp_path / "Small", small_world())
+    chance, kills = random.Random(0), 0
+    for loss, backbone in (("tb", "letter"), ("sprec", "tiger"), ("grpo", "tiger"), ("db", "letter")):
+        flags = [*SMALL, "--loss", loss, "--backbone", backbone, "--group", "4", "--code-epochs", "300",
+                 "--runs-dir"]
+        whole = command(tmp_path, *flags, f"whole-{loss}")
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+        stages = ["sasrec", "codes", "sft", loss] * 2
+        out = killed(tmp_path, [*flags, "runs", "--save-every", "0.05"], stages,
+                     lambda: chance.choice([0.0, 0.1, 0.4, 0.8]) * chance.random())
+        kills += len(stages)
+        assert table(out) == table(whole.stdout)
+        assert same(kept_in(tmp_path / f"whole-{loss}"), kept_in(tmp_path / "runs"))
+    assert kills == 32
+
+
+def test_two_runs_at_once_share_the_work_and_outlive_each_other(tmp_path):
+    write_world(tmp_path / "Small", small_world())
+    first, second = (started(tmp_path, *SMALL) for _ in range(2))
+    (one, err), (two, _) = (process.communicate(timeout=300) for process in (first, second))
+    assert first.returncode == second.returncode == 0, err
+    numbers = [[row[:-1] for row in table(text)] for text in (one, two)]
+    assert numbers[0] == numbers[1] and not list(tmp_path.rglob("*.part"))
+    assert (one + two).count("now kept") == 5               # each stage once
+    third = started(tmp_path, *SMALL, "--k", "3", "--save-every", "0")
+    wait_for(lambda: list(tmp_path.glob("runs/*/tb-*/snapshot.pt")), third)
+    fourth = started(tmp_path, *SMALL, "--k", "3")
+    seen = ""
+    while "waiting for its result" not in seen and "goes on after" not in seen:
+        assert (line := fourth.stdout.readline()) != ""
+        seen += line
+    third.kill()
+    third.communicate()
+    out, err = fourth.communicate(timeout=300)
+    assert fourth.returncode == 0 and "then tb" in out, err
+
+
+def test_fresh_starts_over_and_a_damaged_snapshot_is_set_aside(world, capsys, monkeypatch):
+    first = run(capsys).out
+    assert run(capsys, "--fresh").out.count("now kept") == 5
+    done = datasets.Progress.done
+
+    def stopping(progress, step, *rest):
+        if progress.title == "tb" and step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        done(progress, step, *rest)
+
+    monkeypatch.setattr(datasets.Progress, "done", stopping)
+    run(capsys, "--k", "3", expect=143)
+    monkeypatch.setattr(datasets.Progress, "done", done)
+    snapshot, = world.rglob("snapshot.pt")
+    snapshot.write_bytes(snapshot.read_bytes()[:-100])
+    found = run(capsys, "--k", "3")
+    assert "snapshot.pt is damaged" in found.err and "goes on" not in found.out
+    assert table(found.out)[:-1] == table(first)[:-1]
+
+
+def test_quiet_prints_the_table_alone(world, capsys):
+    loud, quiet = run(capsys), run(capsys, "--quiet", "--runs-dir", "again")
+    assert quiet.err == "" and quiet.out.splitlines()[0].startswith("test ")
+    assert table(quiet.out) == table(loud.out) and len(quiet.out.splitlines()) == 5
+
+
+def test_plot_is_drawn_or_says_what_is_missing(world, capsys, monkeypatch):
+    if importlib.util.find_spec("matplotlib"):
+        path = run(capsys, "--plot").out.splitlines()[-1].removeprefix("drawn: ")
+        assert (world / path).read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    err = run(capsys, "--plot", expect=1).err
+    assert err == "error: --plot needs matplotlib, which is not installed: pip install matplotlib\n"
+
+
+def test_recommend_gives_what_the_run_gave(world, capsys):
+    run(capsys, "--precision", "fp32", "--max-history", "4")
+    data = datasets.toy(42)
+    for stage in ("sft", "tb"):
+        folder, = (world / "runs" / "toy").glob(f"{stage}-*")
+        top = torch.load(folder / "checkpoint.pt", weights_only=True)["top"]
+        for user in (0, 7, 31):
+            history = data.items[data.offsets[user]:data.offsets[user + 1] - 1].tolist()
+            assert g.recommend(folder, history) == top[user, :10].tolist()
+            assert g.recommend(str(folder), history, 20) == top[user].tolist()
+    assert sorted(g.recommend(folder, [3], 50)) == list(range(50))
+    for history, k in (([], 10), ([50], 10), ([-1], 10), (["a"], 10), ([1], 0), ([1], 51)):
+        with pytest.raises(DataError, match="needs item ids of 0 to 49, and k must be 1 to 50"):
+            g.recommend(folder, history, k)
+    sasrec, = (world / "runs" / "toy").glob("sasrec-*")
+    for wrong in (sasrec, world / "nowhere", world):
+        with pytest.raises(DataError, match="holds no finished generator"):
+            g.recommend(wrong, [1])
 
 
 def test_a_full_disk_is_said_and_leaves_nothing_half_written(world, capsys, monkeypatch):
@@ -1450,16 +1693,15 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(world, capsys, monk
     assert not list(world.rglob("*.part"))
 
 
-def test_foreign_and_damaged_checkpoints_are_refused(world, capsys):
-    run(capsys)
+def test_foreign_and_damaged_checkpoints_are_done_again(world, capsys):
+    first = run(capsys).out
     path, = (world / "runs" / "toy").glob("sft-*/checkpoint.pt")
-    result = datasets.read_checkpoint(path, path.parent.name)
+    result = datasets.read_kept(path, path.parent.name)
     torch.save({**result, "of": "sft-another"}, path)
-    assert "is damaged or not of this program" in run(capsys, expect=1).err
+    found = run(capsys)
+    assert "is damaged or not of this program" in found.err and table(found.out) == table(first)
     torch.save({**result, "state": {"embedding.weight": torch.zeros(2, 2)}}, path)
     assert "holds a model of another size" in run(capsys, expect=1).err
-    path.write_bytes(path.read_bytes()[:100])
-    assert "is damaged or not of this program" in run(capsys, expect=1).err
 
 
 def test_diversity_and_case_studies_are_printed(world, capsys):
@@ -1469,7 +1711,7 @@ def test_diversity_and_case_studies_are_printed(world, capsys):
     assert lines[at].split()[2:5] == ["coverage", "KL", "std"]
     assert [line.split()[0] for line in lines[at + 1:at + 5]] == ["popularity", "SASRec", "SFT", "then"]
     path, = (world / "runs" / "toy").glob("tb-*/checkpoint.pt")
-    kept, data = datasets.read_checkpoint(path, path.parent.name), datasets.toy(42)
+    kept, data = datasets.read_kept(path, path.parent.name), datasets.toy(42)
     users = [i for i, line in enumerate(lines) if line.startswith("user ")]
     assert len(users) == 2
     for i in users:
@@ -1591,7 +1833,7 @@ def training(loss, size, catalogue, sasrec, pairs, device):
 
     def train(batches):
         g.fit(model, loss, lambda rows, progress: tuning.loss(*pairs.batch(rows), progress), iter(batches),
-              len(batches), datasets.relative_adamw(model, 1e-3, 0.01), lambda entry: None,
+              len(batches), datasets.relative_adamw(model, 1e-3, 0.01), datasets.Journal(),
               datasets.compute_type(device, "auto"))
 
     return train, model
