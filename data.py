@@ -203,13 +203,18 @@ def read_folder(folder: Path) -> Data:
                 git_blob_id(item_path.read_bytes() + inter_path.read_bytes()))
 
 
+def shown(value) -> str:
+    """A value of a JSON file as a message shows it: at most 80 characters of one line."""
+    return json.dumps(value)[:80]
+
+
 def read_json(path: Path) -> dict:
     """A non-empty JSON object from a file, no key of it twice. Raises DataError."""
     def unique(pairs: list[tuple]) -> dict:
         content = dict(pairs)
         if len(content) < len(pairs):
             twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise ValueError(f"the key {json.dumps(twice)[:80]} stands twice")
+            raise ValueError(f"the key {shown(twice)} stands twice")
         return content
 
     if not path.is_file():
@@ -235,9 +240,10 @@ def read_items(path: Path, content: dict) -> tuple[list[str], list[str]]:
         if not isinstance(entry, dict) or any(type(entry.get(key, "")) not in (str, type(None))
                                               for key in ("title", "description")):
             raise DataError(f'{path}: item "{item}" must be {{"title": text, "description": text}}, '
-                            f"not {json.dumps(entry)[:80]}")
-        titles.append((entry.get("title") or "").strip())
-        texts.append(f"{titles[-1]} {entry.get('description') or ''}".strip())
+                            f"not {shown(entry)}")
+        title = (entry.get("title") or "").strip()
+        titles.append("".join(letter if letter.isprintable() else " " for letter in title))
+        texts.append(f"{title} {entry.get('description') or ''}".strip())
     empty = [i for i, text in enumerate(texts) if not text]
     if empty:
         print(f'warning: {path}: {len(empty)} items have no text, the first is "{empty[0]}"; '
@@ -249,14 +255,14 @@ def read_sequences(path: Path, content: dict, n_items: int) -> list[list[int]]:
     """The users' sequences, each at least 3 items out of 0 .. n_items - 1. Raises DataError."""
     for user, sequence in content.items():
         if not isinstance(sequence, list):
-            raise DataError(f'{path}: user "{user}" must have a list of item ids, not '
-                            f"{json.dumps(sequence)[:80]}")
+            raise DataError(f'{path}: user {shown(user)} must have a list of item ids, not '
+                            f"{shown(sequence)}")
         if len(sequence) < 3:
-            raise DataError(f'{path}: user "{user}" has {len(sequence)} interactions; at least 3 are needed '
-                            "(one each for training, validation and test): remove the user")
+            raise DataError(f"{path}: user {shown(user)} has {len(sequence)} interactions; at least 3 are "
+                            "needed (one each for training, validation and test): remove the user")
         wrong = [i for i in sequence if type(i) is not int or not 0 <= i < n_items]
         if wrong:
-            raise DataError(f'{path}: user "{user}" has the item {json.dumps(wrong[0])[:80]}, '
+            raise DataError(f'{path}: user {shown(user)} has the item {shown(wrong[0])}, '
                             f"which is not in the catalogue (ids 0 to {n_items - 1})")
     return list(content.values())
 
@@ -316,6 +322,11 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.end)
+
+    def last_of_users(self) -> Examples:
+        """The last pair of each user alone."""
+        last = torch.nn.functional.pad(self.user.diff() != 0, (0, 1), value=True)
+        return Examples(self.items, self.start[last], self.end[last], self.user[last])
 
     def batch(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Histories (B, T), oldest first, padded on the right to the longest of them, and targets (B,)."""
@@ -450,7 +461,7 @@ def read_codes(path: Path, n_items: int) -> torch.Tensor:
         found = [re.fullmatch(rf"<{chr(97 + level)}_([0-9]{{1,5}})>", str(token))
                  for level, token in enumerate(tokens)]
         if not all(found) or not found or len(found) != len(content["0"]):
-            raise DataError(f'{path}: item "{item}" has the codes {json.dumps(content[item])[:80]}, but each '
+            raise DataError(f'{path}: item "{item}" has the codes {shown(content[item])}, but each '
                             'item needs codes as "<a_183>", "<b_7>", as many as the first')
         rows.append([int(match[1]) for match in found])
     return torch.tensor(rows)
@@ -649,16 +660,18 @@ class Run:
             dist.all_reduce(items)
         return items, examples.items[examples.end[rows]]
 
-    def train(self, title: str, model: torch.nn.Module, recommend: Callable, loss_of: Callable,
-              batches: Iterator[torch.Tensor], steps: int, optimiser: torch.optim.Optimizer, journal: Journal,
-              **options) -> dict:
-        """Fit a recommender, choose its state on validation users, score all of these and, once, the test
-        users. recommend: histories (B, T) -> item ids (B, W), best first; the others: see `fit`."""
+    def train(self, title: str, model: torch.nn.Module, recommend: Callable, loss: Callable, pairs: Examples,
+              batch: int, steps: int, optimiser: torch.optim.Optimizer, journal: Journal, **options) -> dict:
+        """Fit a recommender on pairs, choose its state on validation users, score all of these and, once, the
+        test users. recommend: histories (B, T) -> item ids (B, W), best first; loss(histories (B, T), targets
+        (B,), progress) -> scalar; the others: see `fit`."""
         def score(part: str, rows: torch.Tensor | None = None) -> tuple[torch.Tensor, dict]:
             items, target = self.recommended(model, recommend, part, rows)
             return items, self.metrics(items, target)
 
-        loss_of = data_parallel(model, loss_of, partly=title != "sasrec")     # sft needs no flow head
+        loss_of = data_parallel(model, lambda rows, progress: loss(*pairs.batch(rows), progress),
+                                partly=title != "sasrec")               # sft needs no flow head
+        batches = length_batches(pairs.end - pairs.start, batch, steps, self.cfg.seed)
         self.fit(model, title, loss_of, batches, steps, optimiser, journal, self.dtype, self.cfg.evaluations,
                  lambda: score("valid", self.valid_rows)[1], **options)
         items, test = score("test")
@@ -893,11 +906,12 @@ def stop(number: int, frame) -> None:
 class Progress(contextlib.ExitStack):
     """A training as it is seen from outside: a bar on a terminal, plain lines elsewhere, entries of
     metrics.jsonl, and snapshots of the whole state, every few minutes, at the end, and at Ctrl-C or SIGTERM,
-    which wait for the end of a step. parts: all that has a state, by name; the model is one of them."""
+    which wait for the end of a step. parts: all that has a state, by name: model, optimiser, scaler, .."""
 
     def __init__(self, title: str, steps: int, journal: Journal, parts: dict):
         super().__init__()
-        self.title, self.steps, self.journal, self.parts = title, steps, journal, parts
+        self.title, self.steps, self.journal = title, steps, journal
+        self.parts = {name: part for name, part in parts.items() if part is not None}
         self.first, self.signals, self.best, self.latest = 0, [], {}, {}
 
     def __enter__(self) -> Progress:
@@ -960,8 +974,8 @@ class Progress(contextlib.ExitStack):
         if journal.writes and journal.snapshot.exists():
             place = f"its state of before is in {journal.snapshot}"
         what = "a weight is not finite" if np.isfinite(loss) else f"the loss is {loss}"
-        raise DataError(f"{self.title}: {what} at step {step:,} of {self.steps:,}; lower the rates or weights "
-                        f"of this training ({place})")
+        raise DataError(f"{self.title}: {what} at step {step:,} of {self.steps:,}; lower the rates or "
+                        f"weights of this training ({place})")
 
     def report(self, step: int, rows: int, loss: float, metrics: dict) -> None:
         """Note it, and show it on the bar or, where there is none, in a line."""
@@ -1046,11 +1060,14 @@ def summary(run: Run, scores: Callable, r_cs: Callable) -> tuple[str, dict]:
     return "\n\n".join(parts), results
 
 
-def for_each_seed(run_all: Callable, cfg) -> str:
+def for_each_seed(run_all: Callable, cfg, presets: dict[str, dict]) -> str:
     """The tables of run_all(settings) -> (tables, results); where --seeds names several, they are printed run
-    by run, and mean ± standard deviation over the runs is what is returned. Raises DataError."""
+    by run, and mean ± standard deviation over the runs is what is returned. Or a report of all that is kept,
+    with --report. Raises DataError."""
+    if cfg.report:
+        return report(Path(cfg.runs_dir), type(cfg), presets)
     with contextlib.redirect_stdout(Nowhere() if cfg.quiet else sys.stdout):
-        if not cfg.seeds or cfg.report:         # a report shows all seeds that are kept
+        if not cfg.seeds:
             return run_all(cfg)[0]
         if not re.fullmatch(r"\d{1,9}(,\d{1,9})+", cfg.seeds):
             raise DataError(f"--seeds {cfg.seeds} is not a list of two or more whole numbers, as 42,43,44")
@@ -1258,9 +1275,14 @@ def knob(default, group: str, text: str, choices: tuple = (), low: float | None 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The settings of a command that are none of the method's."""
+    """The settings that this file reads: the data, how a training is watched, where results go."""
     dataset: str = knob("toy", "data", "toy, beauty, yelp, instruments, or a folder of your own")
     seed: int = knob(42, "data", "fixes every random choice: on a CPU two runs print the same table", low=0)
+    item_vectors: str = knob("", "vectors", "a .npy file of your own item vectors, not TF-IDF + SVD")
+    vector_dim: int = knob(128, "vectors", "dimensions of the TF-IDF + SVD item vectors [ours]")
+    evaluations: int = knob(8, "training", "how often a training is validated (NDCG@10) [ours]", below=1000)
+    valid_users: int = knob(4000, "training", "users of these validations; at the end all count [ours]")
+    precision: str = knob("auto", "training", "of matrix products", ("auto", "bf16", "fp16", "fp32"))
     seeds: str = knob("", "run", "as 42,43,44: a run for each, then mean and standard deviation over them")
     data_dir: str = knob("data", "run", "where the datasets lie")
     runs_dir: str = knob("runs", "run", "where every stage's result is kept")
@@ -1328,6 +1350,9 @@ def guarded(command: Callable[[], str]) -> int:
     for bad input, 130 for Ctrl-C, 143 for SIGTERM. Of several processes the first alone speaks; a fault of
     another's machine is its own to tell."""
     leads = processes()[0] == 0
+    for stream in (sys.stdout, sys.stderr):     # what a terminal has no letters for is shown as ?
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="replace")
     try:
         with on_signals(stop), contextlib.redirect_stdout(sys.stdout if leads else Nowhere()):
             print(command())

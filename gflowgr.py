@@ -44,10 +44,8 @@ from data import DataError, Journal, Run, knob
 
 @dataclass(frozen=True)
 class Config(datasets.RunSettings):
-    """Every setting of the method, once. [paper]: as the paper, TIGER or LETTER has it; [ours]: left open, or
-    we differ. RunSettings adds the dataset, the seed, folders, the device, and what is printed."""
-    item_vectors: str = knob("", "vectors", "a .npy file of your own item vectors, not TF-IDF + SVD")
-    vector_dim: int = knob(128, "vectors", "dimensions of the TF-IDF + SVD item vectors [ours]")
+    """Every setting, once; those of data.py are there. [paper]: as the paper, TIGER or LETTER has it; [ours]:
+    left open, or we differ."""
     backbone: str = knob("tiger", "codes", "TIGER's RQ-VAE, or LETTER's", ("tiger", "letter"))
     codes: str = knob("", "codes", "a NAME.index.json of ready codes (LETTER's format), not our RQ-VAE's")
     levels: int = knob(3, "codes", "codebooks; one more code makes each path unique [paper]", below=26)
@@ -60,9 +58,6 @@ class Config(datasets.RunSettings):
     temperature: float = knob(0.7, "temperature", "of LETTER's softmax, 0.7 to 1 [paper]", low=0.01)
     max_history: int = knob(20, "training", "items of a history that the models see [paper]")
     weight_decay: float = knob(0.01, "training", "decoupled weight decay of SASRec and the generator [ours]")
-    evaluations: int = knob(8, "training", "how often a training is validated (NDCG@10) [ours]", below=1000)
-    valid_users: int = knob(4000, "training", "users of these validations; at the end all count [ours]")
-    precision: str = knob("auto", "training", "of matrix products", ("auto", "bf16", "fp16", "fp32"))
     sasrec_dim: int = knob(128, "sasrec", "width of SASRec [ours]")
     sasrec_layers: int = knob(2, "sasrec", "layers of SASRec [ours]")
     sasrec_heads: int = knob(2, "sasrec", "attention heads of SASRec [ours]")
@@ -558,7 +553,7 @@ def curriculum_sample(scores: Tensor, pool: Tensor, exclude: Tensor, k: int, bet
     temperature makes the paper's order soft, the pool makes a step cost O(B * M).
     scores (B, M) of the pool's items, pool (M,) ids, exclude (B, T) ids never drawn -> ids (B, k).
     """
-    z = (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True).clamp(min=1e-6)
+    z = (scores - scores.mean(1, keepdim=True)) / scores.std(1, correction=0, keepdim=True).clamp(min=1e-6)
     gumbel = -(-torch.rand_like(z).log()).log()
     clicked = (pool[:, None] == exclude[:, None]).any(-1)                           # (B, M)
     return pool[(beta * z + gumbel).masked_fill(clicked, -torch.inf).topk(k).indices]
@@ -917,15 +912,13 @@ def train_sasrec(run: Run) -> SASRec:
                    length).to(run.device)
 
     def build(journal: Journal) -> dict:
-        pairs = datasets.split(run.data, length)["train"].to(run.device)
-        whole = F.pad(pairs.user.diff() != 0, (0, 1), value=True).nonzero()[:, 0]   # each user's last pair
-        steps = cfg.sasrec_epochs * math.ceil(len(whole) / cfg.sasrec_batch)
-        batches = datasets.length_batches((pairs.end - pairs.start)[whole], cfg.sasrec_batch, steps, cfg.seed)
+        pairs = datasets.split(run.data, length)["train"].to(run.device).last_of_users()
+        steps = cfg.sasrec_epochs * math.ceil(len(pairs) / cfg.sasrec_batch)
         optimiser = torch.optim.AdamW(model.parameters(), cfg.sasrec_lr, weight_decay=cfg.weight_decay,
                                       fused=True)
         return run.train("sasrec", model, lambda history: datasets.top(model.scores(history), 20),
-                     lambda rows, _: model.loss(*pairs.batch(whole[rows]), cfg.sasrec_pool), batches, steps,
-                     optimiser, journal)
+                         lambda history, target, _: model.loss(history, target, cfg.sasrec_pool), pairs,
+                         cfg.sasrec_batch, steps, optimiser, journal)
 
     return run.trained("sasrec", model, build).requires_grad_(False)
 
@@ -953,12 +946,10 @@ def train_generator(run: Run, stage: str, catalogue: Catalogue, sasrec: SASRec, 
         tuning = FineTuning(model, sasrec, catalogue, cfg)
         lr = cfg.lr if cfg.from_scratch else cfg.finetune_lr
         optimiser = datasets.relative_adamw(model, lr, cfg.weight_decay)
-        batches = datasets.length_batches(pairs.end - pairs.start, cfg.batch, steps, cfg.seed)
         result = run.train(cfg.loss, model, lambda history: beam_search(
                                model, catalogue, catalogue.read(model, history), cfg.beam)[0],
-                           lambda rows, progress: tuning.loss(*pairs.batch(rows), progress), batches, steps,
-                           optimiser, journal, after=lambda step: tuning.refresh(step, steps),
-                           **({"old": tuning.old} if tuning.old else {}))
+                           tuning.loss, pairs, cfg.batch, steps, optimiser, journal, old=tuning.old,
+                           after=lambda step: tuning.refresh(step, steps))
         return {**result, "codes": catalogue.codes.cpu(), "semantic": catalogue.semantic}
 
     return run.trained(stage, model, build)
@@ -980,25 +971,22 @@ def recommend(run_folder: str | Path, history: list[int], k: int = 10) -> list[i
 
 def run_all(cfg: Config) -> tuple[str, dict]:
     """All stages in order, each one kept; returns the tables of results, and the results."""
-    if cfg.report:
-        return datasets.report(Path(cfg.runs_dir), Config, PRESETS), {}
     run = Run(cfg, needs(cfg), fit, ranking_metrics)
-    if METHODS[cfg.loss].source in ("curriculum", "random") and cfg.sampler != "none":
-        run.check_unclicked(METHODS[cfg.loss].paths(cfg))
+    method = METHODS[cfg.loss]
+    if method.source == "random" or method.source == "curriculum" and cfg.sampler != "none":
+        run.check_unclicked(method.paths(cfg))
     sasrec = train_sasrec(run)
     catalogue = item_codes(run, sasrec)
     print(datasets.code_figures(catalogue.codes[:, :catalogue.semantic], sasrec.item.weight[:-1]))
     start = train_generator(run, "sft", catalogue, sasrec, {})
     train_generator(run, "finetune", catalogue, sasrec, start.state_dict())
-
     return datasets.summary(run, sasrec.scores, collaborative_score)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns the exit code: 0, 1 for bad input, 130 for Ctrl-C, 143 for SIGTERM (and 2 for a
-    wrong flag)."""
+    """The command; returns its exit code: 0; 1 for bad input, 2 a wrong flag, 130 Ctrl-C, 143 SIGTERM."""
     return datasets.guarded(lambda: datasets.for_each_seed(run_all, datasets.command_line(
-        Config, PRESETS, argv, "gflowgr.py", __doc__.splitlines()[0])))
+        Config, PRESETS, argv, "gflowgr.py", __doc__.splitlines()[0]), PRESETS))
 
 
 if __name__ == "__main__":

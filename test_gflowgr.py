@@ -740,7 +740,7 @@ def test_curriculum_avoids_clicked_items_and_grows_harder():
 def test_curriculum_draws_from_the_softmax_it_names():
     scores, pool = torch.tensor([[0.0, 1.0, 3.0]]).repeat(20000, 1), torch.arange(3)
     drawn = g.curriculum_sample(scores, pool, torch.full((20000, 1), 9), 1, 0.7)
-    z = (scores[0] - scores[0].mean()) / scores[0].std()
+    z = (scores[0] - scores[0].mean()) / scores[0].std(correction=0)
     share = torch.bincount(drawn.flatten(), minlength=3) / 20000
     torch.testing.assert_close(share, (0.7 * z).softmax(0), atol=0.015, rtol=0)
 
@@ -1184,7 +1184,8 @@ def test_fit_ends_with_the_state_of_the_best_validation():
 def test_fit_stops_at_a_loss_that_is_not_finite(tmp_path):
     def bad(model, journal):
         with journal:
-            g.fit(model, "bad", lambda rows, at: model(torch.ones(1, 1)).sum() * (math.nan if at > 0.9 else 1),
+            g.fit(model, "bad",
+                  lambda rows, at: model(torch.ones(1, 1)).sum() * (math.nan if at > 0.9 else 1),
                   datasets.length_batches(torch.zeros(8), 4, 10, 0), 10,
                   torch.optim.Adam(model.parameters(), 0.1), journal)
 
@@ -1200,7 +1201,8 @@ def test_fit_stops_at_a_loss_that_is_not_finite(tmp_path):
 def test_overflow_in_fp16_is_skipped_and_counted():
     model, entries, journal = torch.nn.Linear(1, 1), [], datasets.Journal()
     journal.log = entries.append
-    g.fit(model, "x", lambda rows, at: (model(torch.ones(1, 1)) - 3).square().mean() * (1e38 if at < 0.05 else 1),
+    g.fit(model, "x",
+          lambda rows, at: (model(torch.ones(1, 1)) - 3).square().mean() * (1e38 if at < 0.05 else 1),
           iter([torch.zeros(1)] * 100), 100, torch.optim.AdamW(model.parameters(), 0.3, fused=True), journal,
           torch.float16)
     assert entries[-1]["skipped for overflow in fp16"] == 4 and entries[-1]["loss"] < 0.1
@@ -1459,6 +1461,7 @@ def test_own_codes_vectors_and_from_scratch(world, capsys):
     (["--dataset", "beuty"], "unknown dataset 'beuty'"),
     (["--dataset", "."], "does not exist or is not a file"),
     (["--k", "40"], "change --k"), (["--loss", "sdpo", "--negatives", "49"], "--negatives"),
+    (["--loss", "dpo", "--pool", "1", "--sampler", "none"], "change --k, --negatives"),
     (["--sasrec-dim", "15"], "no multiple of --sasrec-heads"),
     (["--report", "--runs-dir", "no"], "no holds no finished training"),
     (["--codes", "none.json"], "No such file or directory: none.json"),
@@ -1581,7 +1584,8 @@ def test_a_killed_run_ends_as_if_nothing_had_been(tmp_path):
     assert whole.returncode == 0, whole.stderr
     out = killed(tmp_path, [*SMALL, "--save-every", "0"], ["sasrec", "sft", "tb"], lambda: 0.05)
     assert table(out) == table(whole.stdout)
-    assert same(kept_in(tmp_path / "whole"), kept_in(tmp_path / "runs")) and len(kept_in(tmp_path / "runs")) == 5
+    assert same(kept_in(tmp_path / "whole"), kept_in(tmp_path / "runs"))
+    assert len(kept_in(tmp_path / "runs")) == 5
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", out)                    # piped: no control characters
 
 
@@ -1778,6 +1782,164 @@ def test_help_names_every_setting(capsys):
         g.main(["--help"])
     out = capsys.readouterr().out
     assert all("--" + f.name.replace("_", "-") in out for f in g.dataclasses.fields(g.Config))
+
+# ------------------------------------------------------------------------------------------ 12. rough worlds
+
+WORDS = ["", " ", "red", "red", "blue shoe", "naïve café", "日本語の商品", "🎸🎸", "\u202eevil",
+         "a\u0000b", "\ud800", "x" * 3000, "<a_1>", "{\"0\": 1}", "%s %d", "\n\r\t", "ﬁ", "e\u0301",
+         "-1e309", "--loss"]
+VALUES = [None, True, -1, 0, 3, 10 ** 30, 1.5, 1e308, math.nan, math.inf, "", "2", "\n", [], [[]], {},
+          [0, 1, 2], {"title": 1}, {"title": None}, ["<a_1>"], "<a_999999999>", [0] * 5]
+
+
+def rough_world(folder, chance):
+    """A small dataset that nobody would publish: few items, loyal users, texts of every kind."""
+    n_items = chance.choice([2, 3, 5, 12, 40])
+    few = chance.sample(range(n_items), min(n_items, chance.choice([1, 2, 40])))
+    users = {chance.choice(WORDS)[:9] + str(u): chance.choices(few, k=chance.choice([3, 3, 4, 9, 30]))
+             for u in range(chance.choice([1, 2, 7, 30]))}
+    users["twin"] = list(next(iter(users.values())))
+    folder.mkdir()
+    texts = {str(i): {"title": chance.choice(WORDS), "description": chance.choice(WORDS)}
+             for i in range(n_items)}
+    (folder / f"{folder.name}.inter.json").write_text(json.dumps(users))
+    (folder / f"{folder.name}.item.json").write_text(json.dumps(texts))
+
+
+def rough_settings(chance):
+    """Settings that each are allowed; whether they go together is for the program to say."""
+    options = {"loss": list(g.METHODS), "backbone": ["tiger", "letter"], "levels": [1, 2, 4], "k": [1, 2, 9],
+               "codebook-size": [1, 2, 16], "code-epochs": [1, 5], "beam": [1, 3, 60], "batch": [1, 7, 1000],
+               "reward": ["aug,cf,sim", "aug", "sim"], "sampler": ["curriculum", "random", "none"],
+               "z": ["user", "scalar"], "max-history": [1, 2, 20], "sasrec-length": [1, 50], "group": [2, 5],
+               "sasrec-pool": [1, 10, 50000], "pool": [1, 10, 512], "negatives": [1, 3],
+               "evaluations": [1, 9], "valid-users": [1, 4000], "dropout": [0, 0.5], "lam": [0, 1],
+               "vector-dim": [1, 64],
+               "finetune-epochs": [0, 1, 3], "iterations": [1, 5], "hardness": [0, 3], "show": [0, 2]}
+    flags = [f"--{name}={chance.choice(values)}" for name, values in options.items()]
+    return [*flags, *chance.choice([[], ["--no-confidence"], ["--from-scratch"], ["--diversity"]])]
+
+
+def survive(folder, capsys, seed):
+    """One rough world, all stages: it trains, or is refused by one sentence. Returns whether it trained."""
+    chance = random.Random(seed)
+    rough_world(folder / f"World{seed}", chance)
+    code = g.main([*QUICK, f"--dataset={folder / f'World{seed}'}", f"--runs-dir={folder / 'runs'}",
+                   *rough_settings(chance)])
+    out, err = capsys.readouterr()
+    if code:
+        assert code == 1 and err.splitlines()[-1].startswith("error: ") and "Traceback" not in err, err
+        return False
+    for path in (folder / "runs" / f"World{seed}").glob("*/checkpoint.pt"):
+        kept = torch.load(path, weights_only=True)
+        if "top" not in kept:
+            continue
+        n_items = len(datasets.read_folder(folder / f"World{seed}").titles)
+        for row in kept["top"].tolist():
+            real = [item for item in row if item < n_items]
+            assert len(set(real)) == len(real) and min(row) >= 0 and max(row) <= n_items
+        if "codes" in kept:
+            cfg, kept = datasets.read_generator(path.parent, g.Config)
+            catalogue = g.Catalogue.of(kept["codes"], kept["semantic"])
+            model = datasets.load_state(g.generator(cfg, catalogue), kept["state"], path.parent)
+            every = torch.arange(n_items)[None]
+            log_p = log_probs(model, catalogue, torch.tensor([[0, 1, 0]]), every)[0].sum(-1)
+            assert log_p.exp().sum().item() == pytest.approx(1, abs=1e-4)
+            assert all(0 <= value <= 1 for part in ("valid", "test") for value in kept[part].values())
+    return True
+
+
+def test_rough_worlds_train_or_are_refused_by_name(tmp_path, capsys):
+    assert sum(survive(tmp_path, capsys, seed) for seed in range(25)) > 10
+
+
+@pytest.mark.slow
+def test_hundreds_of_rough_worlds(tmp_path, capsys):
+    assert sum(survive(tmp_path, capsys, seed) for seed in range(100, 500)) > 150
+
+
+def spoiled(content, chance):
+    """A file that something went wrong with."""
+    kind = chance.randrange(6)
+    if kind == 0:                                                           # bytes flipped
+        content = bytearray(content)
+        for _ in range(chance.choice([1, 3, 20])):
+            content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        return bytes(content)
+    if kind == 1:                                                           # cut, or cut out
+        a, b = sorted(chance.randrange(len(content) + 1) for _ in range(2))
+        return content[:a] + content[b:] if chance.random() < 0.5 else content[:a]
+    if kind == 2:                                                           # nested without end, huge numbers
+        return chance.choice([b"[" * 100_000, b'{"0":' * 100_000, b"1" * 100_000,
+                              b'{"0": ' + b"9" * 5000 + b"}"])
+    if kind == 3:                                                           # another file altogether
+        return chance.choice([b"", b"\0" * 500, b"null", b"\xef\xbb\xbf{}", b"PK\3\4", b"<html>",
+                              content * 2])
+    tree = json.loads(content)                                              # a wrong value or key somewhere
+    for _ in range(chance.choice([1, 1, 4])):
+        key, value = chance.choice(list(tree)), chance.choice(VALUES)
+        if kind == 4 and isinstance(tree[key], list) and tree[key]:
+            tree[key][chance.randrange(len(tree[key]))] = value
+        elif kind == 4 and isinstance(tree[key], dict):
+            tree[key][chance.choice(["title", "description", "price"])] = value
+        else:
+            tree[chance.choice([key, "a\nb", "", "00", str(len(tree))])] = value
+    return json.dumps(tree).encode()
+
+
+def bear(folder, capsys, seeds):
+    """Read spoiled files of all kinds: each is read, or refused by one sentence -> how many are read."""
+    data, read = small_world(8, 6), 0
+    write_world(folder / "Good", data)
+    (folder / "Bad").mkdir()
+    codes, vectors = folder / "codes.json", folder / "own.npy"
+    codes.write_text(datasets.format_codes(torch.arange(18).view(6, 3)))
+    np.save(vectors, np.arange(12.0).reshape(6, 2))
+    good = {"inter": (folder / "Good" / "Good.inter.json").read_bytes(), "codes": codes.read_bytes(),
+            "item": (folder / "Good" / "Good.item.json").read_bytes(), "vectors": vectors.read_bytes()}
+    readers = {"inter": lambda: datasets.load(str(folder / "Bad")),
+               "codes": lambda: datasets.read_codes(codes, 6),
+               "item": lambda: datasets.load(str(folder / "Bad")),
+               "vectors": lambda: datasets.read_vectors(vectors, 6)}
+    places = {"inter": folder / "Bad" / "Bad.inter.json", "item": folder / "Bad" / "Bad.item.json",
+              "codes": codes, "vectors": vectors}
+    for seed in seeds:
+        chance = random.Random(seed)
+        kind = chance.choice(list(good))
+        for name, path in places.items():
+            path.write_bytes(good[name])
+        places[kind].write_bytes((flipped if kind == "vectors" else spoiled)(good[kind], chance))
+        try:
+            readers[kind]()
+            read += 1
+        except DataError as error:
+            names = ["Bad.inter.json", "Bad.item.json"] if kind == "item" else [places[kind].name]
+            assert "\n" not in str(error) and len(str(error)) < 1000
+            assert any(name in str(error) for name in names)
+        capsys.readouterr()
+    return read
+
+
+def flipped(content, chance):
+    """Bytes of a file that is not JSON, flipped, cut, or with another head."""
+    if chance.random() < 0.5:
+        content = bytearray(content)
+        for _ in range(chance.choice([1, 3, 20])):
+            content[chance.randrange(len(content))] = chance.randrange(256)
+        return bytes(content)
+    cut = content[:chance.randrange(len(content))]
+    return chance.choice([cut, content.replace(b"<f8", b"|O8"), content.replace(b"(6, 2)", b"(6, 9)"),
+                          b"\x93NUMPY"])
+
+
+def test_spoiled_files_are_read_or_refused_in_one_sentence(tmp_path, capsys):
+    assert 0 < bear(tmp_path, capsys, range(300)) < 150
+
+
+@pytest.mark.slow
+def test_thousands_of_spoiled_files(tmp_path, capsys):
+    bear(tmp_path, capsys, range(1000, 5000))
+
 
 # ----------------------------------------------------------------------------------------------- benchmark
 
