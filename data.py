@@ -428,6 +428,8 @@ def item_vectors(cfg, data: Data) -> torch.Tensor:
 
 def read_vectors(path: Path, n_items: int) -> torch.Tensor:
     """A user's own item vectors (N, d) from a .npy file, rows by item id. Raises DataError."""
+    if not path.is_file():
+        raise DataError(f"{path} does not exist or is not a file; --item-vectors names a .npy file")
     try:
         vectors = np.load(path, allow_pickle=False)
     except Exception as error:  # numpy fails in many ways on a damaged file; to the user each means the same
@@ -840,14 +842,13 @@ def read_kept(path: Path, of: str) -> dict | None:
     is none, and where it is damaged or another's: then it is set aside, and that is said."""
     if not path.exists():
         return None
+    content = path.read_bytes() if path.is_file() else b""
     try:
-        with zipfile.ZipFile(path) as parts:    # torch.load itself never looks at the check sums
+        with zipfile.ZipFile(io.BytesIO(content)) as parts:     # torch.load never looks at the check sums
             sound = parts.testzip() is None
-        result = torch.load(path, map_location="cpu", weights_only=True)
-        if sound and result["of"] == of:
+        result = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True) if sound else {}
+        if result["of"] == of:
             return result
-    except OSError:     # of the disk, not of the file
-        raise
     except Exception:   # a damaged file fails in many ways; to the user each means the same
         pass
     aside = path.with_name(f"{path.name}.damaged")

@@ -1936,9 +1936,29 @@ def test_spoiled_files_are_read_or_refused_in_one_sentence(tmp_path, capsys):
     assert 0 < bear(tmp_path, capsys, range(300)) < 150
 
 
+def check_spoiled_checkpoints(folder, capsys, seeds):
+    """A checkpoint in which something was changed is what it was, or is set aside: never read wrongly."""
+    path, content = folder / "checkpoint.pt", {"x": torch.arange(50), "y": {"R@10": 0.5}, "of": folder.name}
+    datasets.write_checkpoint(path, content)
+    whole = path.read_bytes()
+    for seed in seeds:
+        path.write_bytes(flipped(whole, random.Random(seed)))
+        result = datasets.read_kept(path, folder.name)
+        assert result is None or same(result, content)
+        assert (result is None) == (not path.exists()) == ("is damaged" in capsys.readouterr().err)
+
+
+def test_spoiled_checkpoints_are_never_read_wrongly(tmp_path, capsys):
+    check_spoiled_checkpoints(tmp_path, capsys, range(100))
+    os.mkfifo(tmp_path / "pipe.pt")                                     # and no waiting for what never comes
+    assert datasets.read_kept(tmp_path / "pipe.pt", "x") is None
+
+
 @pytest.mark.slow
 def test_thousands_of_spoiled_files(tmp_path, capsys):
     bear(tmp_path, capsys, range(1000, 5000))
+    (tmp_path / "kept").mkdir()
+    check_spoiled_checkpoints(tmp_path / "kept", capsys, range(1000, 3000))
 
 
 # ----------------------------------------------------------------------------------------------- benchmark
