@@ -63,6 +63,11 @@ DATASETS = {  # --dataset -> folder name and the git blob id of each file: sha1 
 }
 
 
+PRESETS = {  # --dataset -> defaults of its own
+    "toy": dict(levels=2, codebook_size=32, d_model=64, d_kv=16, d_ff=256, layers=2, batch=64, sft_epochs=4.0,
+                finetune_epochs=2.0, evaluations=4, valid_users=1000)}
+
+
 class DataError(Exception):
     """Something is wrong with the input; the message is a sentence: what, where, and what to do."""
 
@@ -725,6 +730,13 @@ class Run:
             return 0.0
         return self.cfg.finetune_epochs / self.cfg.sft_epochs + self.cfg.from_scratch
 
+    def compiled(self, model: torch.nn.Module, *stacks: str) -> torch.nn.Module:
+        """The model, the blocks of its stacks compiled where --compile says so."""
+        for stack in stacks if self.cfg.compile else ():
+            for block in getattr(model, stack):
+                block.compile(dynamic=True)
+        return model
+
     def trained(self, stage: str, model: torch.nn.Module, build: Callable) -> torch.nn.Module:
         """A model in the state that its stage ended with."""
         return load_state(model, self.stage(stage, build)["state"], self.folder(stage))
@@ -858,14 +870,17 @@ def read_kept(path: Path, of: str) -> dict | None:
     return None
 
 
-def read_generator(folder: Path, settings: type):
-    """A finished generator of a run's folder: its settings, and what was kept of it. Raises DataError."""
+def read_generator(folder: Path, settings: type, history: list[int], k: int) -> tuple:
+    """A finished generator of a run's folder: its settings, and what was kept of it. Raises DataError, too
+    where k items after a history are more than its catalogue can answer."""
     folder = Path(folder)
     path = folder / "checkpoint.pt"
     result = read_kept(path, folder.name) if path.exists() else None
     if result is None or "codes" not in result:
         raise DataError(f"{folder} holds no finished generator; name a folder as runs/Beauty/tb-0123456789")
-    config = read_json(folder / "config.json")
+    n_items, config = len(result["codes"]), read_json(folder / "config.json")
+    if not history or not set(history) <= set(range(n_items)) or not 1 <= k <= n_items:
+        raise DataError(f"a history needs item ids of 0 to {n_items - 1}, and k must be 1 to {n_items}")
     names = {f.name for f in dataclasses.fields(settings)}
     return settings(**{name: value for name, value in config.items() if name in names}), result
 
@@ -1061,12 +1076,12 @@ def summary(run: Run, scores: Callable, r_cs: Callable) -> tuple[str, dict]:
     return "\n\n".join(parts), results
 
 
-def for_each_seed(run_all: Callable, cfg, presets: dict[str, dict]) -> str:
+def for_each_seed(run_all: Callable, cfg) -> str:
     """The tables of run_all(settings) -> (tables, results); where --seeds names several, they are printed run
     by run, and mean ± standard deviation over the runs is what is returned. Or a report of all that is kept,
     with --report. Raises DataError."""
     if cfg.report:
-        return report(Path(cfg.runs_dir), type(cfg), presets)
+        return report(Path(cfg.runs_dir), type(cfg))
     with contextlib.redirect_stdout(Nowhere() if cfg.quiet else sys.stdout):
         if not cfg.seeds:
             return run_all(cfg)[0]
@@ -1176,7 +1191,7 @@ VARIANTS = [{}, *({"reward": parts} for parts in ("aug", "cf", "sim", "aug,cf", 
             {"sampler": "random"}, {"sampler": "none"}, {"confidence": False}]      # of the paper's Table 2
 
 
-def finished(runs: Path, settings: type, presets: dict[str, dict]) -> list[Finished]:
+def finished(runs: Path, settings: type) -> list[Finished]:
     """All trained models that are kept under `runs`, in the order of their folders' names."""
     models, ablated = [], ("reward", "sampler", "confidence", "k", "lam", "z")
     for path in sorted(runs.glob("*/*/checkpoint.pt")):
@@ -1189,7 +1204,7 @@ def finished(runs: Path, settings: type, presets: dict[str, dict]) -> list[Finis
             print(f"warning: {path.parent} is left out: its notes are damaged ({error})", file=sys.stderr)
             continue
         default = {f.name: f.default for f in dataclasses.fields(settings)}
-        default.update(presets.get(config["dataset"], {}))
+        default.update(PRESETS.get(config["dataset"], {}))
         changed = {name: value for name, value in config.items() if value != default.get(name)
                    and name not in ("dataset", "seed", "loss", "backbone", "precision")}
         label = config.get("loss") or {"sasrec": "SASRec", "sft": "SFT"}[path.parent.name.split("-")[0]]
@@ -1244,11 +1259,11 @@ def tables(dataset: str, models: list[Finished], losses: tuple[str, ...]) -> lis
     return ["Table 1", "", *markdown(first), "Table 2", "", *markdown(second)]
 
 
-def report(runs: Path, settings: type, presets: dict[str, dict]) -> str:
+def report(runs: Path, settings: type) -> str:
     """The paper's Tables 1 and 2 as Markdown, from what is kept under `runs`: for each dataset, and each set
     of further flags that was tried on it, mean ± standard deviation over the seeds, the paper's figure in
     brackets, and empty cells where nothing was run. Raises DataError where nothing is kept."""
-    models, lines = finished(runs, settings, presets), []
+    models, lines = finished(runs, settings), []
     if not models:
         raise DataError(f"{runs} holds no finished training; train first, or name another --runs-dir")
     losses = next(f.metadata["choices"] for f in dataclasses.fields(settings) if f.name == "loss")
@@ -1307,22 +1322,22 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}{f' (did you mean {close[0]}?)' if close else ''}; see --help\n")
 
 
-def command_line(settings: type, presets: dict[str, dict], argv: list[str] | None, prog: str, about: str):
+def command_line(settings: type, argv: list[str] | None, prog: str, about: str):
     """An instance of the dataclass `settings` from the command line: one flag for each field, whose metadata
-    hold "help", "group", "choices", "low" and "below"; presets are other defaults for a --dataset."""
+    hold "help", "group", "choices", "low" and "below"; PRESETS are other defaults for a --dataset."""
     fields = {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(settings)}
     parser = Parser(prog=prog, usage=f"python {prog} [--SETTING VALUE ...]", description=about,
                     allow_abbrev=False)
     groups = {f.metadata["group"]: None for f in fields.values()}
     groups = {name: parser.add_argument_group(name) for name in groups}
     for flag, f in fields.items():
-        others = "".join(f", {name}: {other[f.name]}" for name, other in presets.items() if f.name in other)
+        others = "".join(f", {name}: {other[f.name]}" for name, other in PRESETS.items() if f.name in other)
         text = f"{f.metadata['help']} (default: {f.default}{others})".replace("%", "%%")
         kind = {"type": type(f.default), "choices": f.metadata["choices"] or None,
                 "metavar": "|".join(f.metadata["choices"]) or "VALUE"}
         groups[f.metadata["group"]].add_argument(flag, default=f.default, help=text, **(
             {"action": argparse.BooleanOptionalAction} if type(f.default) is bool else kind))
-    parser.set_defaults(**presets.get(parser.parse_args(argv).dataset, {}))
+    parser.set_defaults(**PRESETS.get(parser.parse_args(argv).dataset, {}))
     values = vars(parser.parse_args(argv))
     for flag, f in fields.items():
         low, below = f.metadata["low"], f.metadata["below"]

@@ -44,8 +44,7 @@ from data import DataError, Journal, Run, knob
 
 @dataclass(frozen=True)
 class Config(datasets.RunSettings):
-    """Every setting, once; those of data.py are there. [paper]: as the paper, TIGER or LETTER has it; [ours]:
-    left open, or we differ."""
+    """Every setting but data.py's. [paper]: as the paper, TIGER or LETTER has it; [ours]: our choice."""
     backbone: str = knob("tiger", "codes", "TIGER's RQ-VAE, or LETTER's", ("tiger", "letter"))
     codes: str = knob("", "codes", "a NAME.index.json of ready codes (LETTER's format), not our RQ-VAE's")
     levels: int = knob(3, "codes", "codebooks; one more code makes each path unique [paper]", below=26)
@@ -78,7 +77,7 @@ class Config(datasets.RunSettings):
     lr: float = knob(0.02, "sft", "peak rate of AdamW, relative to a weight's size [ours]")
     sft_epochs: float = knob(10.0, "sft", "passes over the training pairs by SFT [ours]")
     loss: str = knob("tb", "finetune", "fine-tuning method; sft goes on with SFT",
-                     ("sft", "db", "tb", "dpo", "sdpo", "sprec", "ipa", "ppo", "grpo"))
+                     ("sft", "db", "tb", "dpo", "sdpo", "sprec", "ipa", "ppo", "grpo", "smooth", "distill"))
     from_scratch: bool = knob(False, "finetune", "fine-tune an untrained generator, for both trainings' time")
     finetune_epochs: float = knob(3.0, "finetune", "length, in passes of SFT; costly steps are fewer [ours]")
     finetune_lr: float = knob(0.003, "finetune", "peak rate of AdamW in the fine-tuning [ours]")
@@ -86,11 +85,14 @@ class Config(datasets.RunSettings):
     pool: int = knob(512, "finetune", "random items that unclicked ones are chosen from, per batch [ours]")
     reward: str = knob("aug,cf,sim", "reward", "parts of the reward [paper]",
                        ("aug,cf,sim", "aug,cf", "aug,sim", "cf,sim", "aug", "cf", "sim"))
+    scale: str = knob("minmax", "reward", "of r_cs: min-max, or softmax [ours]", ("minmax", "softmax"))
     k: int = knob(4, "gflownet", "augmented trajectories beside the observed one, K [ours]")
     sampler: str = knob("curriculum", "gflownet", "of augmented items", ("curriculum", "random", "none"))
-    hardness: float = knob(3.0, "gflownet", "b: the curriculum's beta rises from -b to +b [ours]")
+    easiest: float = knob(-3.0, "gflownet", "beta of the curriculum at the start [ours]", low=-100)
+    hardest: float = knob(3.0, "gflownet", "beta of the curriculum at the end [ours]", low=-100)
     confidence: bool = knob(True, "gflownet", "weight each trajectory by Eq. 8 [paper]")
     z: str = knob("user", "gflownet", "one Z for each user [ours], or a scalar [paper]", ("user", "scalar"))
+    smoothing: float = knob(0.1, "smoothing", "share of an even target in the control --loss smooth", below=1)
     beta: float = knob(1.0, "preference", "beta of dpo, sdpo and ipa [paper]")
     negatives: int = knob(3, "preference", "random negatives of sdpo [paper]")
     sprec_beta: float = knob(0.1, "preference", "beta of sprec [paper]")
@@ -98,10 +100,6 @@ class Config(datasets.RunSettings):
     group: int = knob(16, "policy", "draws from the policy for each history, of ppo and grpo [paper]", low=2)
     clip: float = knob(0.2, "policy", "how far the ratio of ppo and grpo may leave 1 [paper]")
     kl: float = knob(1e-3, "policy", "weight of the KL to the reference in ppo and grpo [paper]")
-
-
-PRESETS = {"toy": dict(levels=2, codebook_size=32, d_model=64, d_kv=16, d_ff=256, layers=2, batch=64,
-                       sft_epochs=4.0, finetune_epochs=2.0, evaluations=4, valid_users=1000)}
 
 
 # ================================================================================================ 2. codes
@@ -495,19 +493,13 @@ class Trie:
         self.first_child, self.n_children = torch.cat(first), torch.cat(n_children)
         self.first_leaf, self.leaf_item = start, torch.argsort(local)
 
-    def children(self, node: Tensor, level: int) -> tuple[Tensor, Tensor]:
-        """Nodes (..) of one level -> their children (.., width[level]), and which of those are real."""
+    def log_probs(self, logits: Tensor, node: Tensor, level: int) -> tuple[Tensor, Tensor]:
+        """Logits (.., C) at nodes (..) of a level -> children (.., width[level]) and the log-probability of
+        each, -inf where a node has fewer. [ours]: normalised over the codes that lead to an item, so the
+        probabilities of all items sum to one, and TB has its optimum at p(y | x) = R(y) / Z(x) exactly."""
         slot = torch.arange(self.width[level], device=node.device)
         real = slot < self.n_children[node][..., None]
-        return self.first_child[node][..., None] + slot * real, real    # the first one where there is none
-
-    def log_probs(self, logits: Tensor, node: Tensor, level: int) -> tuple[Tensor, Tensor]:
-        """Logits (.., C) at nodes (..) -> children (.., width) and their log-probabilities, -inf if not real.
-
-        Normalised over the codes that lead to an item: so the probabilities of all items sum to one, and
-        trajectory balance has its optimum at p(y | x) = R(y) / Z(x) exactly. [ours]
-        """
-        child, real = self.children(node, level)
+        child = self.first_child[node][..., None] + slot * real         # the first one where there is none
         allowed = logits.float().gather(-1, self.code[child])
         return child, allowed.masked_fill(~real, -torch.inf).log_softmax(-1)
 
@@ -533,17 +525,20 @@ class Catalogue(NamedTuple):
         return model.encode(self.tokens[history].flatten(1))
 
 
-def path_log_probs(model: T5, catalogue: Catalogue, memory: Memory, items: Tensor) -> tuple[Tensor, Tensor]:
+def path_log_probs(model: T5, catalogue: Catalogue, memory: Memory, items: Tensor) -> tuple[Tensor, ...]:
     """How likely each step of the paths of items (B, P) is, after histories that the encoder has read ->
-    log_pf (B, P, L), [.., l] being log P_F(s_{l+1} | s_l), and log_flow (B, P, L) of s_0 .. s_{L-1}."""
+    log_pf (B, P, L), [.., l] being log P_F(s_{l+1} | s_l); log_flow (B, P, L) of s_0 .. s_{L-1}; and log_even
+    (B, P, L), the mean of log P_F over all steps that the trie allows in s_l."""
     state = model.decode_paths(F.pad(catalogue.tokens[items][..., :-1], (1, 0)), memory)
-    path, log_pf = catalogue.trie.path[items], []
+    path, log_pf, log_even = catalogue.trie.path[items], [], []
     for level in range(model.levels):
         node, logits = path[..., level], model.code_logits(state[..., level, :], level)
         _, log_probs = catalogue.trie.log_probs(logits, node, level)
         slot = path[..., level + 1] - catalogue.trie.first_child[node]
         log_pf.append(log_probs.gather(-1, slot[..., None]).squeeze(-1))
-    return torch.stack(log_pf, -1), model.flow(state).squeeze(-1).float()
+        real = log_probs.masked_fill(log_probs == -torch.inf, 0)
+        log_even.append(real.sum(-1) / catalogue.trie.n_children[node])
+    return torch.stack(log_pf, -1), model.flow(state).squeeze(-1).float(), torch.stack(log_even, -1)
 
 
 def curriculum_sample(scores: Tensor, pool: Tensor, exclude: Tensor, k: int, beta: float) -> Tensor:
@@ -561,7 +556,7 @@ def curriculum_sample(scores: Tensor, pool: Tensor, exclude: Tensor, k: int, bet
 
 # =============================================================================================== 7. reward
 
-def reward(r_aug: Tensor, r_cs: Tensor, r_sim: Tensor, parts: str = "aug,cf,sim", floor=0.01) -> Tensor:
+def reward(r_aug: Tensor, r_cs: Tensor, r_sim: Tensor, parts: str = "aug,cf,sim", floor=1e-4) -> Tensor:
     """R = r_aug + r_cs + r_sim (Section 3.2), each (B, P) in [0, 1]: was the item clicked, how does the
     collaborative model score it, what share of its codes does it have in common with the clicked item.
     [ours]: at least `floor`, so that its log is finite."""
@@ -569,10 +564,12 @@ def reward(r_aug: Tensor, r_cs: Tensor, r_sim: Tensor, parts: str = "aug,cf,sim"
     return sum(terms[part] for part in parts.split(",")).clamp(min=floor)
 
 
-def collaborative_score(scores: Tensor, items: Tensor) -> Tensor:
-    """r_cs in [0, 1] of items (B, P): the collaborative model's scores (B, N), min-max scaled over the
-    catalogue for each user. [ours]"""
+def collaborative_score(scores: Tensor, items: Tensor, scale: str = "minmax") -> Tensor:
+    """r_cs in [0, 1] of items (B, P), from the collaborative model's scores (B, N) of each user. [ours]:
+    scaled by their minimum and maximum; or, by their softmax, its probability over that of the best."""
     low, high = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
+    if scale == "softmax":
+        return (scores.gather(1, items) - high).exp()
     return (scores.gather(1, items) - low) / (high - low).clamp(min=1e-6)
 
 
@@ -604,6 +601,11 @@ def trajectory_balance(log_pf: Tensor, log_flow: Tensor, log_reward: Tensor) -> 
     """Eq. 6: (log Z + sum_l log P_F(s_l | s_{l-1}) - log R)^2 with log Z = log F(s_0). [ours]: the rewards of
     two users do not sum to the same number, so Z is the user's. log_pf, log_flow (.., L), log_reward (..)."""
     return (log_flow[..., 0] + log_pf.sum(-1) - log_reward).square()
+
+
+def distillation(log_p: Tensor, teacher: Tensor) -> Tensor:
+    """Cross-entropy of log_p to the teacher's probabilities, both over the P paths. (B, P) each -> (B,)."""
+    return -(teacher / teacher.sum(1, keepdim=True) * log_p.log_softmax(1)).sum(1)
 
 
 def dpo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
@@ -648,10 +650,12 @@ class Paths(NamedTuple):
     items: Tensor       # (B, P)
     reward: Tensor      # (B, P) R
     weight: Tensor      # (B, P) w of Eq. 8
+    r_cs: Tensor        # (B, P) the collaborative model's part of R
     log_old: Tensor | None      # (B, P) log p by the policy that drew them
     log_ref: Tensor | None      # (B, P) log p by the reference policy
     log_pf: Tensor | None       # (B, P, L) log P_F of each step, by the generator in training
     log_flow: Tensor | None     # (B, P, L) log F of s_0 .. s_{L-1}, by the same
+    log_even: Tensor | None     # (B, P, L) the mean log P_F of all steps that were possible
 
     def balance(self, objective: Callable) -> Tensor:
         """The sum over paths of w * L_GFN -> (B,)."""
@@ -693,6 +697,11 @@ METHODS = {
                   lambda y, c: ppo(*y.drawn(), y.log_flow[:, 0, 0], c.clip, c.kl)),
     "grpo": Method("draws", lambda c: c.group, ("reward", "policy"), 4.5,
                    lambda y, c: grpo(*y.drawn(), c.clip, c.kl)),
+    # Two controls that are none of the paper's: is it the balance that helps, or any spreading, any teacher?
+    "smooth": Method("none", lambda c: 0, ("smoothing",), 1.0, lambda y, c: torch.lerp(
+                     sft(y.log_pf[:, 0]), sft(y.log_even[:, 0]), c.smoothing)),
+    "distill": Method("curriculum", lambda c: c.k, ("reward", "gflownet"), 1.5, lambda y, c: sft(
+                      y.log_pf[:, 0]) + c.lam * distillation(y.log_pf.sum(-1), y.r_cs)),
 }
 
 
@@ -720,12 +729,10 @@ class FineTuning:
         cfg, catalogue, n_items = self.cfg, self.catalogue, len(self.catalogue.codes)
         source, n = cfg.sampler if method.source == "curriculum" else method.source, method.paths(cfg)
         items, log_old, log_ref, rewarded = target[:, None], None, None, "reward" in method.groups
-        scores = torch.zeros(items.shape, device=items.device).expand(-1, n_items)
-        if rewarded:
-            scores = self.sasrec.scores(history)
+        scores = self.sasrec.scores(history) if rewarded else items.float().expand(-1, n_items)     # or any
         if source in ("curriculum", "random"):
             pool = torch.randperm(n_items, device=target.device)[:cfg.pool]
-            beta = cfg.hardness * (2 * progress - 1) if source == "curriculum" else 0.0
+            beta = cfg.easiest + progress * (cfg.hardest - cfg.easiest) if source == "curriculum" else 0.0
             clicked = torch.cat([history, items], 1)
             items = torch.cat([items, curriculum_sample(scores[:, pool], pool, clicked, n, beta)], 1)
         if source in ("beam", "draws"):
@@ -737,10 +744,11 @@ class FineTuning:
             memory = catalogue.read(self.reference, history)
             log_ref = path_log_probs(self.reference, catalogue, memory, items)[0].sum(-1)
         r_aug = (items == target[:, None]).float()
-        r_cs = collaborative_score(scores, items) if rewarded else r_aug
+        r_cs = collaborative_score(scores, items, cfg.scale) if rewarded else r_aug
         r_sim = shared_codes(catalogue.codes[items][..., :catalogue.semantic])
         weight = confidence(r_aug, r_cs) if cfg.confidence else torch.ones_like(r_cs)
-        return Paths(items, reward(r_aug, r_cs, r_sim, cfg.reward), weight, log_old, log_ref, None, None)
+        return Paths(items, reward(r_aug, r_cs, r_sim, cfg.reward), weight, r_cs, log_old, log_ref,
+                     None, None, None)
 
     def loss(self, history: Tensor, target: Tensor, progress: float) -> Tensor:
         """The method's loss, its mean over B -> scalar; Eq. 7 for tb and db. Gradients reach the model alone.
@@ -752,10 +760,11 @@ class FineTuning:
         if paths.log_ref is not None:
             model.eval()        # without dropout: the ratio of two policies must not be its noise
         memory = self.catalogue.read(model, history)
-        log_pf, log_flow = path_log_probs(model, self.catalogue, memory, paths.items)
+        log_pf, log_flow, log_even = path_log_probs(model, self.catalogue, memory, paths.items)
         if "gflownet" in method.groups and cfg.z == "scalar":
             log_flow = torch.cat([(10 * model.scalar_z).expand_as(log_flow[..., :1]), log_flow[..., 1:]], -1)
-        return method.objective(paths._replace(log_pf=log_pf, log_flow=log_flow), cfg).mean()
+        paths = paths._replace(log_pf=log_pf, log_flow=log_flow, log_even=log_even)
+        return method.objective(paths, cfg).mean()
 
 
 # ============================================================================================= 9. training
@@ -933,9 +942,7 @@ def train_generator(run: Run, stage: str, catalogue: Catalogue, sasrec: SASRec, 
     """Stage sft: a fresh generator, by SFT. Stage finetune: by --loss, from its state, `initial`."""
     cfg = run.cfg if stage == "finetune" else dataclasses.replace(run.cfg, loss="sft", from_scratch=True)
     torch.manual_seed(cfg.seed)
-    model = generator(cfg, catalogue).to(run.device)
-    for block in (*model.encoder, *model.decoder) if cfg.compile else ():
-        block.compile(dynamic=True)
+    model = run.compiled(generator(cfg, catalogue).to(run.device), "encoder", "decoder")
 
     def build(journal: Journal) -> dict:
         pairs = run.parts["train"]
@@ -950,7 +957,7 @@ def train_generator(run: Run, stage: str, catalogue: Catalogue, sasrec: SASRec, 
                                model, catalogue, catalogue.read(model, history), cfg.beam)[0],
                            tuning.loss, pairs, cfg.batch, steps, optimiser, journal, old=tuning.old,
                            after=lambda step: tuning.refresh(step, steps))
-        return {**result, "codes": catalogue.codes.cpu(), "semantic": catalogue.semantic}
+        return {**result, "codes": catalogue.codes.cpu(), "semantic": catalogue.semantic}   # for `recommend`
 
     return run.trained(stage, model, build)
 
@@ -959,11 +966,8 @@ def train_generator(run: Run, stage: str, catalogue: Catalogue, sasrec: SASRec, 
 def recommend(run_folder: str | Path, history: list[int], k: int = 10) -> list[int]:
     """The k best next items after a history of item ids, oldest first, by a trained generator: run_folder is
     that of an SFT or a fine-tuning, as runs/toy/tb-0123456789. Raises DataError."""
-    cfg, kept = datasets.read_generator(run_folder, Config)
+    cfg, kept = datasets.read_generator(run_folder, Config, history, k)
     catalogue = Catalogue.of(kept["codes"], kept["semantic"])
-    n_items = len(catalogue.codes)
-    if not history or not set(history) <= set(range(n_items)) or not 1 <= k <= n_items:
-        raise DataError(f"a history needs item ids of 0 to {n_items - 1}, and k must be 1 to {n_items}")
     model = datasets.load_state(generator(cfg, catalogue), kept["state"], run_folder)
     memory = catalogue.read(model, torch.tensor([history[-cfg.max_history:]]))
     return beam_search(model, catalogue, memory, max(k, cfg.beam))[0][0, :k].tolist()
@@ -986,7 +990,7 @@ def run_all(cfg: Config) -> tuple[str, dict]:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code: 0; 1 for bad input, 2 a wrong flag, 130 Ctrl-C, 143 SIGTERM."""
     return datasets.guarded(lambda: datasets.for_each_seed(run_all, datasets.command_line(
-        Config, PRESETS, argv, "gflowgr.py", __doc__.splitlines()[0]), PRESETS))
+        Config, argv, "gflowgr.py", __doc__.splitlines()[0])))
 
 
 if __name__ == "__main__":

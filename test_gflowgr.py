@@ -72,7 +72,8 @@ def small_generator(catalogue, **size):
 
 
 def log_probs(model, catalogue, history, items):
-    return g.path_log_probs(model, catalogue, catalogue.read(model, history), items)
+    """log_pf and log_flow of items after histories."""
+    return g.path_log_probs(model, catalogue, catalogue.read(model, history), items)[:2]
 
 
 # --------------------------------------------------------------------------------------------- data: files
@@ -701,7 +702,8 @@ def test_trie_holds_exactly_the_items():
         node = torch.tensor(0)
         for level, code in enumerate(path):
             assert trie.path[item, level] == node
-            child, real = trie.children(node, level)
+            child, allowed = trie.log_probs(torch.zeros(4), node, level)
+            real = allowed > -torch.inf
             expected = sorted({other[level] for other in codes if other[:level] == path[:level]})
             assert trie.code[child[real]].tolist() == expected
             node = child[expected.index(code)]
@@ -789,6 +791,13 @@ def test_curriculum_follows_the_progress_of_training():
 
 # ----------------------------------------------------------------------------------------------- 7. reward
 
+def test_collaborative_score_by_its_two_scales():
+    scores, items = torch.tensor([[0.0, 3.0, 1.0, 2.0]]), torch.tensor([[1, 0, 3]])
+    assert g.collaborative_score(scores, items).tolist() == [pytest.approx([1, 0, 2 / 3])]
+    p = scores.softmax(1)[0, [1, 0, 3]]
+    assert g.collaborative_score(scores, items, "softmax").tolist() == [pytest.approx((p / p[0]).tolist())]
+
+
 def test_reward_and_confidence_by_hand():
     # The clicked item, a near twin that the collaborative model likes, and a stranger that it does not.
     r_aug, r_cs = torch.tensor([[1.0, 0, 0]]), torch.tensor([[0.9, 0.7, 0.1]])
@@ -849,6 +858,32 @@ def test_training_on_balance_makes_probabilities_proportional_to_rewards(objecti
     distance = 0.5 * (log_pf.sum(-1).exp() - log_reward.softmax(1)).abs().sum(1)    # total variation
     assert distance.max() < 0.02
     torch.testing.assert_close(log_flow[:, 0, 0], log_reward.logsumexp(1), atol=0.05, rtol=0)
+
+
+def test_smoothing_is_the_cross_entropy_to_the_codes_that_lead_to_an_item():
+    catalogue = small_catalogue()
+    model, history, items = small_generator(catalogue), torch.randint(30, (2, 4)), torch.randint(30, (2, 3))
+    *_, even = g.path_log_probs(model, catalogue, catalogue.read(model, history), items)
+    every = log_probs(model, catalogue, history, torch.arange(30).expand(2, -1))[0].detach()
+    codes = catalogue.codes
+    for user, slot, level in itertools.product(range(2), range(3), range(3)):
+        alike = (codes[:, :level] == codes[items[user, slot], :level]).all(1)       # each child once
+        step = {int(code): every[user, item, level].item() for item, code in enumerate(codes[:, level])
+                if alike[item]}
+        assert even[user, slot, level].item() == pytest.approx(np.mean(list(step.values())), abs=1e-4)
+    paths = g.Paths(items, *[None] * 5, torch.full((2, 3, 3), -1.0), None, torch.full((2, 3, 3), -2.0))
+    loss = g.METHODS["smooth"].objective(paths, g.Config(smoothing=0.25))
+    assert loss.tolist() == pytest.approx([0.75 * 3 + 0.25 * 6] * 2)
+
+
+def test_distillation_by_hand_is_least_at_the_teacher():
+    teacher = torch.tensor([[3.0, 1.0, 4.0]])
+    p = torch.tensor([[0.2, 0.1, 0.1]])                                     # of all probability: half, 1/4, 1/4
+    hand = -(3 * math.log(0.5) + math.log(0.25) + 4 * math.log(0.25)) / 8
+    assert g.distillation(p.log(), teacher).item() == pytest.approx(hand)
+    at_teacher = (0.07 * teacher).log().requires_grad_()
+    g.distillation(at_teacher, teacher).sum().backward()
+    assert at_teacher.grad.abs().max() < 1e-6
 
 
 def test_dpo_by_hand():
@@ -1014,7 +1049,7 @@ def test_sprec_plays_against_its_previous_iterate_and_leaves_the_clicked_item_ou
     assert all(torch.equal(weight, now[name]) for name, weight in tuning.reference.state_dict().items())
     paths = tuning.trajectories(g.METHODS["sprec"], history, target, 0.9)._replace(
         items=torch.stack([target, torch.where(torch.arange(4) < 2, target, (target + 1) % 30)], 1))
-    log_pf, log_flow = g.path_log_probs(model, catalogue, catalogue.read(model, history), paths.items)
+    log_pf, log_flow, _ = g.path_log_probs(model, catalogue, catalogue.read(model, history), paths.items)
     losses = g.METHODS["sprec"].objective(paths._replace(log_pf=log_pf, log_flow=log_flow), cfg)
     assert (losses[:2] == 0).all() and (losses[2:] > 0).all()
 
@@ -1088,7 +1123,8 @@ def test_ablations_change_what_they_name():
     assert [value(loss="sft"), value(lam=0.0)] == pytest.approx([plain, plain])
     seen = [value()] + [value(**{name: new}) for name, new in [
         ("reward", "aug"), ("reward", "cf"), ("sampler", "random"), ("sampler", "none"),
-        ("confidence", False), ("k", 2), ("lam", 0.1), ("loss", "db"), ("z", "scalar"), ("hardness", 1.0)]]
+        ("confidence", False), ("k", 2), ("lam", 0.1), ("loss", "db"), ("z", "scalar"), ("hardest", 1.0),
+        ("easiest", 0.0), ("scale", "softmax"), ("loss", "smooth"), ("loss", "distill")]]
     assert len({round(x, 4) for x in seen}) == len(seen)
 
 
@@ -1750,7 +1786,7 @@ def test_report_has_mean_spread_and_the_papers_figures(tmp_path):
     (tmp_path / "Beauty" / "tb-0" / "checkpoint.pt").with_name("other.txt").touch()
     keep("tb-cut-off", 0.9, **both, loss="tb")
     (tmp_path / "Beauty" / "tb-cut-off" / "metrics.jsonl").write_text('{"step": 1}')
-    first, second = datasets.report(tmp_path, g.Config, g.PRESETS).split("## Beauty")[1:]
+    first, second = datasets.report(tmp_path, g.Config).split("## Beauty")[1:]
     first, second = sorted((first, second), key=lambda text: "--sft-epochs" in text)
     assert "|  | SASRec | 0.0700 | 0.0700 | 0.0700 | 0.0700 | 1 |" in first
     assert "| tiger | SFT | 0.0500 | 0.0500 [0.0558] | 0.0500 | 0.0500 | 1 |" in first
@@ -1815,7 +1851,8 @@ def rough_settings(chance):
                "sasrec-pool": [1, 10, 50000], "pool": [1, 10, 512], "negatives": [1, 3],
                "evaluations": [1, 9], "valid-users": [1, 4000], "dropout": [0, 0.5], "lam": [0, 1],
                "vector-dim": [1, 64],
-               "finetune-epochs": [0, 1, 3], "iterations": [1, 5], "hardness": [0, 3], "show": [0, 2]}
+               "finetune-epochs": [0, 1, 3], "iterations": [1, 5], "hardest": [0, 3], "show": [0, 2],
+               "scale": ["minmax", "softmax"]}
     flags = [f"--{name}={chance.choice(values)}" for name, values in options.items()]
     return [*flags, *chance.choice([[], ["--no-confidence"], ["--from-scratch"], ["--diversity"]])]
 
@@ -1839,7 +1876,7 @@ def survive(folder, capsys, seed):
             real = [item for item in row if item < n_items]
             assert len(set(real)) == len(real) and min(row) >= 0 and max(row) <= n_items
         if "codes" in kept:
-            cfg, kept = datasets.read_generator(path.parent, g.Config)
+            cfg, kept = datasets.read_generator(path.parent, g.Config, [0], 1)
             catalogue = g.Catalogue.of(kept["codes"], kept["semantic"])
             model = datasets.load_state(g.generator(cfg, catalogue), kept["state"], path.parent)
             every = torch.arange(n_items)[None]
