@@ -771,7 +771,7 @@ def test_trajectories_put_the_observed_first_and_scale_scores_to_the_unit_interv
     paths = trajectories("tb", teacher, history, target, 0.5, k=2, pool=6, reward="cf")
     items = paths.items
     assert items[:, 0].tolist() == [2, 4] and items.shape == (2, 3) and not paths.reward.requires_grad
-    torch.testing.assert_close(paths.reward, (teacher.values.detach()[items] / 5).clamp(min=0.01))
+    torch.testing.assert_close(paths.reward, (teacher.values.detach()[items] / 5).clamp(min=1e-4))
     assert not (items[:, 1:] == target[:, None]).any() and not (items == history).any()
     alone = trajectories("tb", teacher, history, target, 0.5, sampler="none")
     assert alone.items.tolist() == [[2], [4]]
@@ -878,7 +878,7 @@ def test_smoothing_is_the_cross_entropy_to_the_codes_that_lead_to_an_item():
 
 def test_distillation_by_hand_is_least_at_the_teacher():
     teacher = torch.tensor([[3.0, 1.0, 4.0]])
-    p = torch.tensor([[0.2, 0.1, 0.1]])                                     # of all probability: half, 1/4, 1/4
+    p = torch.tensor([[0.2, 0.1, 0.1]])                                     # of these, half, 1/4 and 1/4
     hand = -(3 * math.log(0.5) + math.log(0.25) + 4 * math.log(0.25)) / 8
     assert g.distillation(p.log(), teacher).item() == pytest.approx(hand)
     at_teacher = (0.07 * teacher).log().requires_grad_()
@@ -990,7 +990,8 @@ def test_what_each_method_knows_of_its_trajectories(loss):
     model, sasrec, catalogue, cfg, history, target = method_setting(loss=loss, beam=6, group=5)
     tuning = g.FineTuning(model, sasrec, catalogue, cfg)
     paths = tuning.trajectories(g.METHODS[loss], history, target, 0.9)
-    size = {"sft": 1, "db": 4, "tb": 4, "dpo": 2, "sdpo": 4, "sprec": 2, "ipa": 7, "ppo": 6, "grpo": 6}[loss]
+    size = {"sft": 1, "db": 4, "tb": 4, "dpo": 2, "sdpo": 4, "sprec": 2, "ipa": 7, "ppo": 6, "grpo": 6,
+            "smooth": 1, "distill": 4}[loss]
     assert paths.items.shape == (4, size) and torch.equal(paths.items[:, 0], target)
     assert paths.items.min() >= 0 and paths.items.max() < 30
     log_p = log_probs(model, catalogue, history, paths.items)[0].sum(-1).detach()
@@ -999,7 +1000,7 @@ def test_what_each_method_knows_of_its_trajectories(loss):
         assert not (paths.items[:, 1:, None] == clicked[:, None]).any()
     if g.METHODS[loss].source in ("beam", "draws"):
         torch.testing.assert_close(paths.log_old, log_p, atol=1e-5, rtol=1e-5)
-    if loss not in ("sft", "db", "tb"):                         # at the start the reference is the policy
+    if g.METHODS[loss].source in ("random", "beam", "draws"):   # at the start the reference is the policy
         torch.testing.assert_close(paths.log_ref, log_p, atol=1e-5, rtol=1e-5)
     tuning.loss(history, target, 0.9).backward()
     frozen = [p for m in (tuning.old, tuning.reference, sasrec) if m is not None for p in m.parameters()]
@@ -1106,7 +1107,7 @@ def test_method_loss_is_equation_7(loss, balance):
             r_cs = (scores[item] - min(scores)) / (max(scores) - min(scores))
             r_aug = float(item == target[b])
             r_sim = sum(x == y for x, y in zip(codes[item], codes[target[b]])) / 3
-            log_reward = torch.tensor(math.log(max(r_aug + r_cs + r_sim, 0.01)))
+            log_reward = torch.tensor(math.log(max(r_aug + r_cs + r_sim, 1e-4)))
             residual = balance(log_pf[b, path], log_flow[b, path], log_reward).item()
             total += 0.5 * (1 - abs(r_aug - r_cs)) * residual
     torch.testing.assert_close(value.item(), total / 4, rtol=1e-4, atol=1e-4)
@@ -1123,8 +1124,8 @@ def test_ablations_change_what_they_name():
     assert [value(loss="sft"), value(lam=0.0)] == pytest.approx([plain, plain])
     seen = [value()] + [value(**{name: new}) for name, new in [
         ("reward", "aug"), ("reward", "cf"), ("sampler", "random"), ("sampler", "none"),
-        ("confidence", False), ("k", 2), ("lam", 0.1), ("loss", "db"), ("z", "scalar"), ("hardest", 1.0),
-        ("easiest", 0.0), ("scale", "softmax"), ("loss", "smooth"), ("loss", "distill")]]
+        ("confidence", False), ("k", 2), ("lam", 0.1), ("loss", "db"), ("z", "scalar"), ("hardest", -3.0),
+        ("easiest", 3.0), ("scale", "softmax"), ("loss", "smooth"), ("loss", "distill")]]
     assert len({round(x, 4) for x in seen}) == len(seen)
 
 
@@ -1892,7 +1893,7 @@ def test_rough_worlds_train_or_are_refused_by_name(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_hundreds_of_rough_worlds(tmp_path, capsys):
-    assert sum(survive(tmp_path, capsys, seed) for seed in range(100, 500)) > 150
+    assert sum(survive(tmp_path, capsys, seed) for seed in range(100, 350)) > 100
 
 
 def spoiled(content, chance):
