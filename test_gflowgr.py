@@ -4,6 +4,7 @@ form, or golden values of the standard implementation.
     python -m pytest -q test_gflowgr.py
     python test_gflowgr.py --benchmark              pairs/s, users/s and the share of the machine's peak
     python test_gflowgr.py --scaling                time and memory of each stage, up to a million items
+    python test_gflowgr.py --optimum beauty         what a generator at the optimum of TB would recommend
 """
 import concurrent.futures
 import contextlib
@@ -2202,15 +2203,71 @@ def scaling_table():
     return datasets.aligned(rows)
 
 
+def exact_beam(p, trie, beam):
+    """The items (B, beam) that a beam search finds in exact probabilities p (B, N) of items: at each level
+    the prefixes go on that have the most probability below them."""
+    alive = torch.ones(len(p), 1, dtype=torch.bool)
+    for level in range(1, trie.path.shape[1]):
+        before, node = trie.path[:, level - 1], trie.path[:, level]
+        first, count = int(node.min()), int(node.max() - node.min()) + 1
+        mass = torch.zeros(len(p), count).index_add_(1, node - first, p)
+        allowed = torch.zeros(len(p), count, dtype=torch.bool)
+        allowed[:, node - first] = alive[:, before - int(before.min())]
+        best = mass.masked_fill(~allowed, -1).topk(min(beam, count)).indices
+        alive = torch.zeros_like(allowed).scatter_(1, best, True)
+    return trie.leaf_item[best + first - trie.first_leaf]
+
+
+def test_an_exact_beam_as_wide_as_the_catalogue_is_a_ranking():
+    catalogue, p = small_catalogue(), torch.rand(7, 30)
+    assert torch.equal(exact_beam(p, catalogue.trie, 30), p.argsort(1, descending=True))
+    codes = torch.tensor([[0, 0], [1, 0], [1, 1]])                  # the best item, under the smaller prefix
+    assert exact_beam(torch.tensor([[0.4, 0.3, 0.3]]), g.Trie(codes), 1).item() in (1, 2)
+
+
+SHARPNESS = {"min-max": ("minmax", 1), "min-max to the 4th power": ("minmax", 4),
+             "min-max to the 16th power": ("minmax", 16), "softmax": ("softmax", 1)}
+
+
+def optimum_table(dataset, data_dir, runs_dir):
+    """What p = R / Z itself, R being r_cs of the trained SASRec, recommends to all validation users: decoded
+    by a beam search, and ranked whole. How flat it is: entropy in nats, and the probability of its top 20."""
+    flags = [f"--dataset={dataset}", f"--data-dir={data_dir}", f"--runs-dir={runs_dir}"]
+    cfg = datasets.command_line(g.Config, flags, "test_gflowgr.py", "")
+    run = datasets.Run(cfg, g.needs(cfg), g.fit, g.ranking_metrics)
+    sasrec = g.train_sasrec(run)
+    catalogue, pairs = g.item_codes(run, sasrec), run.parts["valid"]
+    every, found = torch.arange(run.data.n_items), {name: [] for name in SHARPNESS}
+    for rows in torch.arange(len(pairs)).split(128):
+        history, target = pairs.batch(rows)
+        with torch.no_grad():
+            scores = sasrec.scores(history)
+        for name, (scale, power) in SHARPNESS.items():
+            r_cs = g.collaborative_score(scores, every.expand(len(rows), -1), scale).clamp(min=1e-4) ** power
+            p = r_cs / r_cs.sum(1, keepdim=True)
+            whole, searched = p.topk(cfg.beam).indices, exact_beam(p, catalogue.trie, cfg.beam)
+            hits = [(items[:, :10] == target[:, None]).any(1).float() for items in (whole, searched)]
+            entropy, top = -torch.special.xlogy(p, p).sum(1), p.topk(20).values.sum(1)
+            found[name].append(torch.stack([entropy, top, *hits]))
+    means = {name: torch.cat(parts, 1).mean(1).tolist() for name, parts in found.items()}
+    rows = [[name, *(f"{value:.4f}" for value in values)] for name, values in means.items()]
+    return datasets.aligned([["r_cs", "entropy", "top 20", "R@10 ranked", "R@10 searched"], *rows])
+
+
 def benchmark(argv):
     """python test_gflowgr.py --benchmark [--scaling] [--device cuda]: print what this machine reaches."""
     parser = datasets.Parser(prog="test_gflowgr.py", description=benchmark.__doc__, allow_abbrev=False)
     parser.add_argument("--benchmark", action="store_true", help="pairs/s, users/s and the share of the peak")
     parser.add_argument("--scaling", action="store_true", help="time and memory up to a million items")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--optimum", metavar="DATASET", help="what the optimum of TB would recommend")
+    parser.add_argument("--data-dir", default="data", help="where the dataset of --optimum lies")
+    parser.add_argument("--runs-dir", default="runs", help="where its SASRec and codes are kept")
     args = parser.parse_args(argv)
+    if args.optimum:
+        return optimum_table(args.optimum, args.data_dir, args.runs_dir)
     if not args.benchmark and not args.scaling:
-        parser.error("nothing to do; give --benchmark or --scaling, or run the tests by python -m pytest")
+        parser.error("nothing to do; give --benchmark, --scaling or --optimum, or run the tests by pytest")
     torch.manual_seed(0)
     datasets.keep_memory()
     device = datasets.choose_device(args.device)
