@@ -621,8 +621,9 @@ class Run:
             check_compiler(self.device)
         if cfg.plot and not importlib.util.find_spec("matplotlib"):
             raise DataError("--plot needs matplotlib, which is not installed: pip install matplotlib")
-        self.cfg = dataclasses.replace(cfg, precision=str(self.dtype)[6:],
-                                       item_vectors="" if cfg.codes else cfg.item_vectors)
+        self.cfg = dataclasses.replace(         # two ways to say the same are one, also for the cache
+            cfg, precision=str(self.dtype)[6:], item_vectors="" if cfg.codes else cfg.item_vectors,
+            finetune_seed=-1 if cfg.finetune_seed == cfg.seed else cfg.finetune_seed)
         rank, world = processes()
         if rank:                                            # what is missing, the first process downloads
             of_the_first(None)
@@ -635,9 +636,10 @@ class Run:
         order = torch.randperm(data.n_users, generator=torch.Generator().manual_seed(cfg.seed))
         self.valid_rows = order[:cfg.valid_users].sort().values
         self.needs, self.fit, self.metrics, self.results = needs, fit, metrics, {}
+        own = f" ({cfg.finetune_seed} for the fine-tuning)" if cfg.finetune_seed >= 0 else ""
         print(f"{data.name}: {data.n_users:,} users, {data.n_items:,} items, {len(self.parts['train']):,} "
               f"training pairs; {f'{world} processes, ' if world > 1 else ''}{self.device}, "
-              f"{self.cfg.precision}, seed {cfg.seed}", flush=True)
+              f"{self.cfg.precision}, seed {cfg.seed}{own}", flush=True)
 
     def check_unclicked(self, k: int) -> None:
         """Raises DataError where a pool may hold fewer than k items that a user has not clicked."""
@@ -676,9 +678,9 @@ class Run:
             items, target = self.recommended(model, recommend, part, rows)
             return items, self.metrics(items, target)
 
+        batches = length_batches(pairs.end - pairs.start, batch, steps, torch.initial_seed())   # the stage's
         loss_of = data_parallel(model, lambda rows, progress: loss(*pairs.batch(rows), progress),
                                 partly=title != "sasrec")               # sft needs no flow head
-        batches = length_batches(pairs.end - pairs.start, batch, steps, self.cfg.seed)
         self.fit(model, title, loss_of, batches, steps, optimiser, journal, self.dtype, self.cfg.evaluations,
                  lambda: score("valid", self.valid_rows)[1], **options)
         items, test = score("test")
@@ -686,6 +688,11 @@ class Run:
             test["liked"] = liked_unseen(items, self.data)
         state = {name: value.cpu() for name, value in model.state_dict().items()}
         return {"state": state, "valid": score("valid")[1], "test": test, "top": items.int().cpu()}
+
+    def seed(self, stage: str) -> int:
+        """What fixes the random choices of a stage."""
+        alone = stage == "finetune" and self.cfg.finetune_seed >= 0
+        return self.cfg.finetune_seed if alone else self.cfg.seed
 
     def settings(self, stage: str) -> dict:
         """The settings that a stage depends on, by name."""
@@ -716,7 +723,7 @@ class Run:
             with alone(folder):
                 result = self.kept(stage)           # another run may have done it, while this one waited
                 if result is None:
-                    torch.manual_seed(self.cfg.seed)
+                    torch.manual_seed(self.seed(stage))
                     journal = Journal(folder, self.cfg.save_every, self.cfg.fresh, self.afterwards(stage))
                     result, origin = of_the_first(keep(journal, self.settings(stage), build)), "now kept"
         self.results[stage] = result
@@ -1077,19 +1084,23 @@ def summary(run: Run, scores: Callable, r_cs: Callable) -> tuple[str, dict]:
 
 
 def for_each_seed(run_all: Callable, cfg) -> str:
-    """The tables of run_all(settings) -> (tables, results); where --seeds names several, they are printed run
-    by run, and mean ± standard deviation over the runs is what is returned. Or a report of all that is kept,
-    with --report. Raises DataError."""
+    """The tables of run_all(settings) -> (tables, results); where --seeds or --finetune-seeds name several,
+    they are printed run by run, and mean ± standard deviation over the runs is what is returned. Or a report
+    of all that is kept, with --report. Raises DataError."""
     if cfg.report:
         return report(Path(cfg.runs_dir), type(cfg))
     with contextlib.redirect_stdout(Nowhere() if cfg.quiet else sys.stdout):
-        if not cfg.seeds:
+        if not cfg.seeds and not cfg.finetune_seeds:
             return run_all(cfg)[0]
-        if not re.fullmatch(r"\d{1,9}(,\d{1,9})+", cfg.seeds):
-            raise DataError(f"--seeds {cfg.seeds} is not a list of two or more whole numbers, as 42,43,44")
+        if cfg.seeds and cfg.finetune_seeds:
+            raise DataError("--seeds and --finetune-seeds cannot go together; choose one")
+        seeds, name = cfg.seeds or cfg.finetune_seeds, "seed" if cfg.seeds else "finetune_seed"
+        if not re.fullmatch(r"\d{1,9}(,\d{1,9})+", seeds):
+            raise DataError(f"--{name.replace('_', '-')}s {seeds} is not a list of two or more whole numbers, "
+                            "as 42,43,44")
         found = []
-        for seed in map(int, cfg.seeds.split(",")):
-            tables, results = run_all(dataclasses.replace(cfg, seed=seed, seeds=""))
+        for seed in map(int, seeds.split(",")):
+            tables, results = run_all(dataclasses.replace(cfg, **{name: seed}))
             print(f"{tables}\n", flush=True)
             found.append(results)
     return spread_table(found)
@@ -1098,10 +1109,10 @@ def for_each_seed(run_all: Callable, cfg) -> str:
 def spread_table(found: list[dict[str, dict]]) -> str:
     """Mean ± standard deviation (n - 1) of each result's test metrics over runs."""
     names = list(found[0]["popularity"]["test"])
-    table = [[f"test, n = {len(found)}", *names, "valid R@10"]]
+    table = [[f"test, n = {len(found)}", *names, "valid R@10", "valid N@10"]]
     for label in found[0]:
         row = [label]
-        for part, name in (*(("test", name) for name in names), ("valid", "R@10")):
+        for part, name in (*(("test", name) for name in names), ("valid", "R@10"), ("valid", "N@10")):
             values = [results[label].get(part, {}).get(name) for results in found]
             row.append("" if None in values else f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}")
         table.append(row)
@@ -1111,11 +1122,12 @@ def spread_table(found: list[dict[str, dict]]) -> str:
 def results_table(run: Run, results: dict[str, dict]) -> str:
     """The test metrics of each result side by side, the paper's R@10 where there is one, and the time."""
     names = list(results["popularity"]["test"])
-    table = [["test", *names, "valid R@10", "paper R@10", "seconds"]]
+    table = [["test", *names, "valid R@10", "valid N@10", "paper R@10", "seconds"]]
     for label, result in results.items():
         paper = PAPER_R10.get((run.data.name, run.cfg.backbone, label.removeprefix("then ")))
-        cells = [result["test"].get(name) for name in names] + [result.get("valid", {}).get("R@10"), paper]
-        table.append([label, *("" if value is None else f"{value:.4f}" for value in cells),
+        valid = result.get("valid", {})
+        values = [*(result["test"].get(name) for name in names), valid.get("R@10"), valid.get("N@10"), paper]
+        table.append([label, *("" if value is None else f"{value:.4f}" for value in values),
                       f"{result['seconds']:.0f}" if "seconds" in result else ""])
     return aligned(table)
 
@@ -1206,7 +1218,7 @@ def finished(runs: Path, settings: type) -> list[Finished]:
         default = {f.name: f.default for f in dataclasses.fields(settings)}
         default.update(PRESETS.get(config["dataset"], {}))
         changed = {name: value for name, value in config.items() if value != default.get(name)
-                   and name not in ("dataset", "seed", "loss", "backbone", "precision")}
+                   and name not in ("dataset", "seed", "finetune_seed", "loss", "backbone", "precision")}
         label = config.get("loss") or {"sasrec": "SASRec", "sft": "SFT"}[path.parent.name.split("-")[0]]
         models.append(Finished(path.parts[-3], label, config,
                                {name: value for name, value in changed.items() if name not in ablated},
@@ -1300,6 +1312,7 @@ class RunSettings:
     valid_users: int = knob(4000, "training", "users of these validations; at the end all count [ours]")
     precision: str = knob("auto", "training", "of matrix products", ("auto", "bf16", "fp16", "fp32"))
     seeds: str = knob("", "run", "as 42,43,44: a run for each, then mean and standard deviation over them")
+    finetune_seeds: str = knob("", "run", "the same, of the fine-tuning alone: all from the SFT of --seed")
     data_dir: str = knob("data", "run", "where the datasets lie")
     runs_dir: str = knob("runs", "run", "where every stage's result is kept")
     device: str = knob("auto", "run", "auto (CUDA where there is one), cpu or cuda")

@@ -80,6 +80,7 @@ class Config(datasets.RunSettings):
                      ("sft", "db", "tb", "dpo", "sdpo", "sprec", "ipa", "ppo", "grpo", "smooth", "distill"))
     from_scratch: bool = knob(False, "finetune", "fine-tune an untrained generator, for both trainings' time")
     finetune_epochs: float = knob(3.0, "finetune", "length, in passes of SFT; costly steps are fewer [ours]")
+    finetune_seed: int = knob(-1, "finetune", "seed of the fine-tuning alone; -1: the same as --seed", low=-1)
     finetune_lr: float = knob(0.003, "finetune", "peak rate of AdamW in the fine-tuning [ours]")
     lam: float = knob(0.01, "finetune", "lambda of Eq. 7, weight of what tb, db and ipa add to SFT [ours]")
     pool: int = knob(512, "finetune", "random items that unclicked ones are chosen from, per batch [ours]")
@@ -941,7 +942,7 @@ def generator(cfg: Config, catalogue: Catalogue) -> T5:
 def train_generator(run: Run, stage: str, catalogue: Catalogue, sasrec: SASRec, initial: dict) -> T5:
     """Stage sft: a fresh generator, by SFT. Stage finetune: by --loss, from its state, `initial`."""
     cfg = run.cfg if stage == "finetune" else dataclasses.replace(run.cfg, loss="sft", from_scratch=True)
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(run.seed(stage))
     model = run.compiled(generator(cfg, catalogue).to(run.device), "encoder", "decoder")
 
     def build(journal: Journal) -> dict:

@@ -1406,6 +1406,20 @@ def test_seeds_run_one_after_another_and_end_in_mean_and_spread(world, capsys):
     assert "Table 1" in run(capsys, "--seeds", "1,2,3", "--report").out
     for wrong in ("1", "1,x", "1,,2", "-1,2"):
         assert "is not a list of two or more" in run(capsys, f"--seeds={wrong}", expect=1).err
+    assert "choose one" in run(capsys, "--seeds", "1,2", "--finetune-seeds", "1,2", expect=1).err
+
+
+def test_finetune_seeds_share_one_sft(world, capsys):
+    run(capsys, "--from-scratch")
+    out = run(capsys, "--from-scratch", "--finetune-seeds", "42,7").out
+    kept = [line for line in out.splitlines() if "kept" in line]
+    assert [line.split()[0] for line in kept if "now kept" in line] == ["finetune"]     # 42 is what had run
+    assert "seed 42 (7 for the fine-tuning)" in out
+    folders = [*(world / "runs" / "toy").glob("tb-*")]
+    states = [torch.load(folder / "checkpoint.pt", weights_only=True)["state"] for folder in folders]
+    assert len(folders) == 2 and len([*(world / "runs" / "toy").glob("sft-*")]) == 1
+    assert any(not torch.equal(state, states[1][name]) for name, state in states[0].items())
+    assert "2 |" in run(capsys, "--report").out.split("Table 1")[1].split("Table 2")[0]     # two seeds: n = 2
 
 
 def test_only_what_depends_on_a_setting_is_done_again(world, capsys):
