@@ -1552,6 +1552,12 @@ def kept_in(runs):
     return {name: {k: v for k, v in result.items() if k != "seconds"} for name, result in found.items()}
 
 
+def noted_in(runs):
+    """The lines of all metrics.jsonl, by stage, without the times."""
+    return {path.parent.name: [{k: v for k, v in json.loads(line).items() if k != "seconds"}
+                               for line in path.open()] for path in runs.glob("*/*/metrics.jsonl")}
+
+
 def same(one, two):
     """Whether two nests of dicts, tensors and plain values are the same to the last bit."""
     if isinstance(one, dict):
@@ -1575,17 +1581,52 @@ def test_a_stopped_training_goes_on_to_the_same_end(world, capsys, monkeypatch, 
 
     monkeypatch.setattr(datasets.Progress, "done", stopping)
     assert "the same command goes on from here" in run(capsys, *flags, expect=128 + number).err
-    assert not list((world / "runs" / "toy").glob(f"{stage}-*/checkpoint.pt"))
+    folder, = (world / "runs" / "toy").glob(f"{stage}-*")
+    assert not (folder / "checkpoint.pt").exists()
+    with open(folder / "metrics.jsonl", "a") as notes:                      # as a kill may leave them
+        notes.write('{"step": 77, "loss": 1.0}\n{"step": 7')
     monkeypatch.setattr(datasets.Progress, "done", done)
     out = run(capsys, *flags).out
     assert f"{stage}: goes on after step" in out and table(out) == table(whole)
     assert same(kept_in(world / "whole"), kept_in(world / "runs"))
-    for notes in (world / "whole").glob("*/*/metrics.jsonl"):               # nothing is noted twice or lost
-        other = world / "runs" / notes.relative_to(world / "whole")
-        one, two = ([{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.open()]
-                    for path in (notes, other))
-        assert one == two
+    assert noted_in(world / "whole") == noted_in(world / "runs")            # nothing is noted twice or lost
     assert not list(world.rglob("snapshot.pt"))
+
+
+def test_a_run_stopped_while_it_is_scored_need_not_train_again(world, capsys, monkeypatch):
+    whole, recommended = run(capsys, "--runs-dir", "whole").out, datasets.Run.recommended
+
+    def stopping(run, model, recommend, part, rows=None):
+        if part == "test" and "sft" in run.results:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return recommended(run, model, recommend, part, rows)
+
+    monkeypatch.setattr(datasets.Run, "recommended", stopping)
+    run(capsys, expect=143)
+    monkeypatch.setattr(datasets.Run, "recommended", recommended)
+    out = run(capsys).out
+    assert re.search(r"tb: goes on after step (\d+) of \1\n", out) and table(out) == table(whole)
+    assert noted_in(world / "whole") == noted_in(world / "runs")
+
+
+def test_a_file_that_is_replaced_is_whole_at_every_moment(tmp_path):
+    path, torn = tmp_path / "file", []
+    datasets.write_atomically(path, b"a" * 1_000_000)
+
+    def look():
+        while not torn or torn[-1] != "end":
+            content = path.read_bytes()
+            if len(content) != 1_000_000 or content.count(content[0]) != len(content):
+                torn.append(len(content))
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    for i in range(150):
+        datasets.write_atomically(path, b"ab"[i % 2:i % 2 + 1] * 1_000_000)
+    found = list(torn)
+    torn.append("end")
+    reader.join()
+    assert found == [] and os.listdir(tmp_path) == ["file"]
 
 
 def test_dropout_draws_the_same_however_long_its_strip_grew():
@@ -1637,6 +1678,7 @@ def test_a_killed_run_ends_as_if_nothing_had_been(tmp_path):
     out = killed(tmp_path, [*SMALL, "--save-every", "0"], ["sasrec", "sft", "tb"], lambda: 0.05)
     assert table(out) == table(whole.stdout)
     assert same(kept_in(tmp_path / "whole"), kept_in(tmp_path / "runs"))
+    assert noted_in(tmp_path / "whole") == noted_in(tmp_path / "runs")
     assert len(kept_in(tmp_path / "runs")) == 5
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", out)                    # piped: no control characters
 
@@ -1656,6 +1698,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_been(tmp_path):
         kills += len(stages)
         assert table(out) == table(whole.stdout)
         assert same(kept_in(tmp_path / f"whole-{loss}"), kept_in(tmp_path / "runs"))
+        assert noted_in(tmp_path / f"whole-{loss}") == noted_in(tmp_path / "runs")
     assert kills == 32
 
 
