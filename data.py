@@ -21,6 +21,7 @@ import collections
 import contextlib
 import ctypes
 import dataclasses
+import datetime
 import difflib
 import errno
 import hashlib
@@ -66,6 +67,9 @@ DATASETS = {  # --dataset -> folder name and the git blob id of each file: sha1 
 PRESETS = {  # --dataset -> defaults of its own
     "toy": dict(levels=2, codebook_size=32, d_model=64, d_kv=16, d_ff=256, layers=2, batch=64, sft_epochs=4.0,
                 finetune_epochs=2.0, evaluations=4, valid_users=1000)}
+
+
+NO_MEMORY = "allocate|out of memory"       # torch has no exception of its own for that on a CPU
 
 
 class DataError(Exception):
@@ -534,14 +538,18 @@ def choose_device(wanted: str) -> torch.device:
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and several:
-        wanted = f"cuda:{os.environ['LOCAL_RANK']}"
+        wanted, n = f"cuda:{os.environ['LOCAL_RANK']}", int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if n > torch.cuda.device_count():           # all processes see that, so none waits for another
+            raise DataError(f"{n} processes need as many GPUs, and torch sees {torch.cuda.device_count()}; "
+                            "lower --nproc_per_node, or use --device cpu")
     if wanted.startswith("cuda") and int(wanted[5:] or 0) >= torch.cuda.device_count():
         raise DataError(f"--device {wanted}: torch sees no such device; use --device cpu")
     device = torch.device(wanted)
     if device.index is not None:            # a bare "cuda" is torch's current device already
         torch.cuda.set_device(device)
     if several and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(days=7))     # the first may wait for another run
     return device
 
 
@@ -551,6 +559,15 @@ def of_the_first(value):
     if processes()[1] > 1:
         dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
     return box[0]
+
+
+def of_any(number: int) -> int:
+    """The greatest number that any process has, in all of them."""
+    if processes()[1] == 1:
+        return number
+    box = torch.tensor(number)
+    dist.all_reduce(box, dist.ReduceOp.MAX)
+    return int(box)
 
 
 def average(value: torch.Tensor) -> float:
@@ -624,7 +641,7 @@ class Run:
         self.cfg = dataclasses.replace(         # two ways to say the same are one, also for the cache
             cfg, precision=str(self.dtype)[6:], item_vectors="" if cfg.codes else cfg.item_vectors,
             finetune_seed=-1 if cfg.finetune_seed == cfg.seed else cfg.finetune_seed)
-        rank, world = processes()
+        rank = processes()[0]
         if rank:                                            # what is missing, the first process downloads
             of_the_first(None)
         self.data = data = load(cfg.dataset, Path(cfg.data_dir), cfg.seed)
@@ -636,10 +653,17 @@ class Run:
         order = torch.randperm(data.n_users, generator=torch.Generator().manual_seed(cfg.seed))
         self.valid_rows = order[:cfg.valid_users].sort().values
         self.needs, self.fit, self.metrics, self.results = needs, fit, metrics, {}
+        if cfg.fresh and not rank:
+            self.forget()
+        print(self.title(), flush=True)
+
+    def title(self) -> str:
+        """The line that a run begins with."""
+        cfg, data, world = self.cfg, self.data, processes()[1]
         own = f" ({cfg.finetune_seed} for the fine-tuning)" if cfg.finetune_seed >= 0 else ""
-        print(f"{data.name}: {data.n_users:,} users, {data.n_items:,} items, {len(self.parts['train']):,} "
-              f"training pairs; {f'{world} processes, ' if world > 1 else ''}{self.device}, "
-              f"{self.cfg.precision}, seed {cfg.seed}{own}", flush=True)
+        return (f"{data.name}: {data.n_users:,} users, {data.n_items:,} items, {len(self.parts['train']):,} "
+                f"training pairs; {f'{world} processes, ' if world > 1 else ''}{self.device}, "
+                f"{cfg.precision}, seed {cfg.seed}{own}")
 
     def check_unclicked(self, k: int) -> None:
         """Raises DataError where a pool may hold fewer than k items that a user has not clicked."""
@@ -701,7 +725,7 @@ class Run:
 
     def folder(self, stage: str) -> Path:
         """Where a stage is kept. Of the files that settings name, the content counts, not the path."""
-        settings = {**self.settings(stage), "dataset": self.data.fingerprint, "format": 2}
+        settings = {**self.settings(stage), "dataset": self.data.fingerprint, "format": 3}
         for name in ("item_vectors", "codes"):
             if settings.get(name):
                 settings[name] = git_blob_id(Path(settings[name]).read_bytes())
@@ -709,11 +733,17 @@ class Run:
         label = self.cfg.loss if stage == "finetune" else stage
         return Path(self.cfg.runs_dir) / self.data.name / f"{label}-{key}"
 
+    def forget(self) -> None:
+        """Remove what is kept of all stages, so that even a run that is cut off mixes nothing old into it."""
+        for folder in map(self.folder, self.needs):
+            for name in ("checkpoint.pt", "snapshot.pt", f"{self.data.name}.index.json"):
+                (folder / name).unlink(missing_ok=True)
+
     def kept(self, stage: str) -> dict | None:
         """What the first process finds kept of a stage, in all processes; None: it is to be done."""
         folder, result = self.folder(stage), None
-        if processes()[0] == 0 and (not self.cfg.fresh or stage in self.results):
-            result = read_kept(folder / "checkpoint.pt", folder.name)
+        if processes()[0] == 0:
+            result = read_kept(folder / "checkpoint.pt")
         return of_the_first(result)
 
     def stage(self, stage: str, build: Callable[[Journal], dict]) -> dict:
@@ -724,7 +754,7 @@ class Run:
                 result = self.kept(stage)           # another run may have done it, while this one waited
                 if result is None:
                     torch.manual_seed(self.seed(stage))
-                    journal = Journal(folder, self.cfg.save_every, self.cfg.fresh, self.afterwards(stage))
+                    journal = Journal(folder, self.cfg.save_every, self.afterwards(stage))
                     result, origin = of_the_first(keep(journal, self.settings(stage), build)), "now kept"
         self.results[stage] = result
         print(f"{stage:<10}{result['seconds']:7.1f} s, {origin} in {folder}", flush=True)
@@ -751,7 +781,7 @@ class Run:
     def publish(self, codes: torch.Tensor) -> None:
         """Write codes (N, L) in LETTER's format beside their checkpoint."""
         index = self.folder("codes") / f"{self.data.name}.index.json"
-        if processes()[0] == 0 and (self.cfg.fresh or not index.exists()):
+        if processes()[0] == 0 and not index.exists():
             write_atomically(index, format_codes(codes).encode())
 
 
@@ -785,14 +815,13 @@ class Journal:
     every: seconds between two snapshots; afterwards: how much longer the next training takes than this one.
     """
 
-    def __init__(self, folder: Path | None = None, every: float = 180.0, fresh: bool = False,
-                 afterwards: float = 0.0):
+    def __init__(self, folder: Path | None = None, every: float = 180.0, afterwards: float = 0.0):
         self.folder, self.every, self.afterwards, found = folder, every, afterwards, None
         self.writes, self.lines = folder is not None and processes()[0] == 0, None
-        if self.writes and fresh:
-            self.snapshot.unlink(missing_ok=True)
         if self.writes:
-            found = read_kept(self.snapshot, folder.name)
+            for part in folder.glob("*.pt.*.part"):      # of a run that was killed while it wrote
+                part.unlink()
+            found = read_kept(self.snapshot)
         self.found = of_the_first(found)
         self.started = self.saved = time.perf_counter()
         if self.found:
@@ -805,7 +834,8 @@ class Journal:
     def __enter__(self) -> Journal:
         if self.writes:                 # what was noted after the snapshot will be noted again
             self.lines = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
-            self.lines.truncate(self.found["noted"] if self.found else 0)
+            self.lines.truncate(min(self.found["noted"], self.lines.tell()) if self.found else 0)
+            self.lines.seek(0, io.SEEK_END)         # where `save` finds out how much is noted
         return self
 
     def __exit__(self, *exception) -> None:
@@ -852,24 +882,32 @@ def keep(journal: Journal, settings: dict, build: Callable[[Journal], dict]) -> 
 def write_checkpoint(path: Path, content: dict) -> None:
     """Write tensors and plain values, and the name of the folder that they belong to."""
     buffer = io.BytesIO()
-    torch.save({**content, "of": path.parent.name}, buffer)
+    torch.save({**content, "of": f"{path.parent.name}/{path.name}"}, buffer)
     write_atomically(path, buffer.getvalue())
 
 
-def read_kept(path: Path, of: str) -> dict | None:
-    """What `write_checkpoint` wrote for the folder `of`; nothing in it is evaluated as code. None where there
-    is none, and where it is damaged or another's: then it is set aside, and that is said."""
-    if not path.exists():
-        return None
+def read_checkpoint(path: Path) -> dict:
+    """What `write_checkpoint` wrote; nothing in it is evaluated as code. {} where the file is damaged."""
     content = path.read_bytes() if path.is_file() else b""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as parts:     # torch.load never looks at the check sums
             sound = parts.testzip() is None
         result = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True) if sound else {}
-        if result["of"] == of:
-            return result
-    except Exception:   # a damaged file fails in many ways; to the user each means the same
-        pass
+        return result if isinstance(result, dict) else {}
+    except Exception as error:  # a damaged file fails in many ways; to the user each means the same
+        if isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error)):
+            raise
+        return {}
+
+
+def read_kept(path: Path) -> dict | None:
+    """What `write_checkpoint` wrote for this very file. None where there is none, and where it is damaged or
+    another's: then it is set aside, and that is said."""
+    if not path.exists():
+        return None
+    result = read_checkpoint(path)
+    if result.get("of") == f"{path.parent.name}/{path.name}":
+        return result
     aside = path.with_name(f"{path.name}.damaged")
     os.replace(path, aside)
     print(f"warning: {path} is damaged or not of this program; it is now {aside.name}, and what it held is "
@@ -882,9 +920,10 @@ def read_generator(folder: Path, settings: type, history: list[int], k: int) -> 
     where k items after a history are more than its catalogue can answer."""
     folder = Path(folder)
     path = folder / "checkpoint.pt"
-    result = read_kept(path, folder.name) if path.exists() else None
-    if result is None or "codes" not in result:
-        raise DataError(f"{folder} holds no finished generator; name a folder as runs/Beauty/tb-0123456789")
+    result = read_checkpoint(path)
+    if "codes" not in result:
+        raise DataError(f"{folder} holds no finished generator, or a damaged one; name a folder as "
+                        "runs/Beauty/tb-0123456789")
     n_items, config = len(result["codes"]), read_json(folder / "config.json")
     if not history or not set(history) <= set(range(n_items)) or not 1 <= k <= n_items:
         raise DataError(f"a history needs item ids of 0 to {n_items - 1}, and k must be 1 to {n_items}")
@@ -942,6 +981,11 @@ class Progress(contextlib.ExitStack):
         self.enter_context(on_signals(self.note))
         return self
 
+    def __exit__(self, *exception) -> bool | None:
+        super().__exit__(*exception)
+        if self.signals and not any(exception):     # it came when no step was left to wait for
+            raise Stopped(self.signals[0])
+
     def note(self, number: int, frame) -> None:
         """The first signal waits for the end of a step, a second one breaks through."""
         if self.signals:
@@ -962,7 +1006,7 @@ class Progress(contextlib.ExitStack):
                 torch.manual_seed(torch.initial_seed() + found["step"])
             else:
                 torch.set_rng_state(found["random"])
-                if device.type == "cuda":
+                if device.type == "cuda" and found["random_cuda"] is not None:
                     torch.cuda.set_rng_state(found["random_cuda"], device)
             print(f"{self.title}: goes on after step {self.first:,} of {self.steps:,}", flush=True)
         self.began = time.perf_counter()
@@ -975,10 +1019,11 @@ class Progress(contextlib.ExitStack):
         best state so far and its score. Raises DataError where the loss is not finite, and Stopped."""
         if step % 50 == 0 or metrics or step == self.steps:     # not always: it waits for the device
             self.report(step, rows, average(loss), metrics)
-        if step == self.steps or self.signals or self.journal.due():
+        number = of_any(max(self.signals, default=0))       # all processes stop after the same step
+        if step == self.steps or number or self.journal.due():
             self.save(step, loss, best)
-        if self.signals:
-            raise Stopped(self.signals[0])
+        if number:
+            raise Stopped(number)
         self.bar.update()
 
     def save(self, step: int, loss: torch.Tensor, best: tuple) -> None:
@@ -1094,10 +1139,13 @@ def for_each_seed(run_all: Callable, cfg) -> str:
             return run_all(cfg)[0]
         if cfg.seeds and cfg.finetune_seeds:
             raise DataError("--seeds and --finetune-seeds cannot go together; choose one")
+        if cfg.finetune_seeds and cfg.fresh:
+            raise DataError("--fresh would do the shared SFT again for each of --finetune-seeds; leave it "
+                            "out, or name another --runs-dir")
         seeds, name = cfg.seeds or cfg.finetune_seeds, "seed" if cfg.seeds else "finetune_seed"
         if not re.fullmatch(r"\d{1,9}(,\d{1,9})+", seeds):
-            raise DataError(f"--{name.replace('_', '-')}s {seeds} is not a list of two or more whole numbers, "
-                            "as 42,43,44")
+            raise DataError(f"--{name.replace('_', '-')}s {seeds} is not a list of two or more whole "
+                            "numbers, as 42,43,44")
         found = []
         for seed in map(int, seeds.split(",")):
             tables, results = run_all(dataclasses.replace(cfg, **{name: seed}))
@@ -1164,6 +1212,16 @@ def case_studies(run: Run, results: dict[str, dict], n: int) -> str:
     return "\n".join(lines[:-1])
 
 
+def noted(folder: Path) -> list[dict]:
+    """The entries of a stage's metrics.jsonl. Raises DataError where a line is damaged."""
+    path = folder / "metrics.jsonl"
+    try:
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}); remove that folder to do the stage again") from None
+    return [entry for entry in entries if isinstance(entry, dict)]
+
+
 def plot(run: Run, results: dict[str, dict]) -> Path:
     """Draw each training's loss and validation N@10 over time, and each result's test R@10 -> the image's
     path, in the folder of the last stage."""
@@ -1171,8 +1229,7 @@ def plot(run: Run, results: dict[str, dict]) -> Path:
     pyplot.switch_backend("agg")                    # into a file, without a screen
     figure, (losses, curves, bars) = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
     for stage, label in zip(("sasrec", "sft", "finetune"), list(results)[1:]):
-        lines = (run.folder(stage) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        steps = [entry for entry in map(json.loads, lines) if "step" in entry]
+        steps = [entry for entry in noted(run.folder(stage)) if "step" in entry]
         for axes, name in ((losses, "loss"), (curves, "N@10")):
             points = [(entry["seconds"] / 60, entry[name]) for entry in steps if name in entry]
             axes.plot(*zip(*points), label=label, marker="." if len(points) < 40 else "")
@@ -1184,8 +1241,10 @@ def plot(run: Run, results: dict[str, dict]) -> Path:
         axes.set_xlabel("minutes of this training")
         axes.legend()
     path = run.folder("finetune") / "curves.png"
-    figure.savefig(path, dpi=120)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120)
     pyplot.close(figure)
+    write_atomically(path, image.getvalue())
     return path
 
 
@@ -1208,18 +1267,19 @@ def finished(runs: Path, settings: type) -> list[Finished]:
     models, ablated = [], ("reward", "sampler", "confidence", "k", "lam", "z")
     for path in sorted(runs.glob("*/*/checkpoint.pt")):
         try:
-            last = path.with_name("metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1:]
-            if not last or '"test"' not in last[0]:
+            last = noted(path.parent)[-1:]
+            if not last or "test" not in last[0]:
                 continue
-            config, test = json.loads(path.with_name("config.json").read_bytes()), json.loads(last[0])["test"]
-        except (ValueError, FileNotFoundError) as error:
-            print(f"warning: {path.parent} is left out: its notes are damaged ({error})", file=sys.stderr)
+            config, test = read_json(path.with_name("config.json")), last[0]["test"]
+            default = {f.name: f.default for f in dataclasses.fields(settings)}
+            default.update(PRESETS.get(config["dataset"], {}))
+            changed = {name: value for name, value in config.items() if value != default.get(name)
+                       and name not in ("dataset", "seed", "finetune_seed", "loss", "backbone", "precision")}
+            label = config.get("loss") or {"sasrec": "SASRec", "sft": "SFT"}[path.parent.name.split("-")[0]]
+            float(test["R@10"])
+        except (DataError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
+            print(f"warning: {path.parent} is left out: its notes are damaged ({error!r})", file=sys.stderr)
             continue
-        default = {f.name: f.default for f in dataclasses.fields(settings)}
-        default.update(PRESETS.get(config["dataset"], {}))
-        changed = {name: value for name, value in config.items() if value != default.get(name)
-                   and name not in ("dataset", "seed", "finetune_seed", "loss", "backbone", "precision")}
-        label = config.get("loss") or {"sasrec": "SASRec", "sft": "SFT"}[path.parent.name.split("-")[0]]
         models.append(Finished(path.parts[-3], label, config,
                                {name: value for name, value in changed.items() if name not in ablated},
                                {name: value for name, value in changed.items() if name in ablated},
@@ -1330,6 +1390,8 @@ class Parser(argparse.ArgumentParser):
     """A parser that answers a mistake with one sentence, the nearest flag in it, and exit code 2."""
 
     def error(self, message: str):
+        if processes()[0]:                          # the first one says it
+            self.exit(2)
         wrong = re.search(r"unrecognized arguments: (--[\w-]+)", message)
         close = difflib.get_close_matches(wrong[1], self._option_string_actions, 1) if wrong else []
         self.exit(2, f"error: {message}{f' (did you mean {close[0]}?)' if close else ''}; see --help\n")
@@ -1366,7 +1428,7 @@ def explain(error: Exception) -> str:
     if isinstance(error, OSError):
         place = f": {error.filename}" if error.filename else ""
         return f"error: {error.strerror or error}{place}; finished stages are kept, half-written ones not"
-    if isinstance(error, MemoryError) or re.search("allocate|out of memory", str(error)):
+    if isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error)):
         reason = str(error).strip().splitlines()[-1][:150] if str(error) else "out of memory"
         return f"error: not enough memory ({reason}); lower the sizes, as --batch"
     if processes()[1] > 1 and re.search("gloo|NCCL|Connection", str(error)):
@@ -1393,7 +1455,7 @@ def guarded(command: Callable[[], str]) -> int:
         return 1
     except KeyboardInterrupt as stopped:
         if leads:
-            print("\nstopped: the same command goes on from here", file=sys.stderr)
+            print("\nstopped: the same command goes on from here, unless with --fresh", file=sys.stderr)
         return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
     finally:
         if dist.is_initialized():

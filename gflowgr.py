@@ -75,7 +75,7 @@ class Config(datasets.RunSettings):
     beam: int = knob(20, "sft", "beams of the constrained search, W [paper]")
     batch: int = knob(256, "sft", "histories in a batch, B [ours]")
     lr: float = knob(0.02, "sft", "peak rate of AdamW, relative to a weight's size [ours]")
-    sft_epochs: float = knob(10.0, "sft", "passes over the training pairs by SFT [ours]")
+    sft_epochs: float = knob(10.0, "sft", "passes over the training pairs by SFT [ours]", low=0.001)
     loss: str = knob("tb", "finetune", "fine-tuning method; sft goes on with SFT",
                      ("sft", "db", "tb", "dpo", "sdpo", "sprec", "ipa", "ppo", "grpo", "smooth", "distill"))
     from_scratch: bool = knob(False, "finetune", "fine-tune an untrained generator, for both trainings' time")

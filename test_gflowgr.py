@@ -24,6 +24,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -337,7 +338,7 @@ def test_keep_writes_a_stage_whole(tmp_path):
         return {"x": torch.arange(3), "valid": {"R@10": 0.5}}
 
     datasets.keep(datasets.Journal(tmp_path), {"a": 1}, build)
-    assert datasets.read_kept(tmp_path / "checkpoint.pt", tmp_path.name)["x"].tolist() == [0, 1, 2]
+    assert datasets.read_kept(tmp_path / "checkpoint.pt")["x"].tolist() == [0, 1, 2]
     assert json.loads((tmp_path / "config.json").read_text()) == {"a": 1}
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["step"] == 1 and lines[1]["valid"] == {"R@10": 0.5}
@@ -354,22 +355,32 @@ class Code:
 def test_damaged_and_foreign_files_are_set_aside_and_never_evaluated(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "checkpoint.pt"
-    assert datasets.read_kept(path, tmp_path.name) is None and capsys.readouterr().err == ""
+    assert datasets.read_kept(path) is None and capsys.readouterr().err == ""
     datasets.write_checkpoint(path, {"x": torch.arange(3)})
     whole = path.read_bytes()
     place = whole.index(torch.arange(3).numpy().tobytes())
     foreign = []
-    for content in ({"x": 1, "of": "other"}, {"x": 1}, [1], Code(), {"of": tmp_path.name, "x": Code()}):
+    for content in ({"x": 1, "of": "other"}, {"x": 1, "of": f"{tmp_path.name}/snapshot.pt"}, [1], Code(),
+                    {"of": f"{tmp_path.name}/{path.name}", "x": Code()}):
         torch.save(content, path)
         foreign.append(path.read_bytes())
     for content in (b"", b"\0" * 99, b"cut off", whole[:-30], whole[:place] + b"\1" + whole[place + 1:],
                     pickle.dumps(Code()), *foreign):
         path.write_bytes(content)
-        assert datasets.read_kept(path, tmp_path.name) is None
+        assert datasets.read_kept(path) is None
         assert (tmp_path / "checkpoint.pt.damaged").read_bytes() == content and not path.exists()
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and "checkpoint.pt is damaged or not of this program" in err
     assert not (tmp_path / "evaluated").exists()
+    path.write_bytes(whole)
+    for error in (MemoryError(), RuntimeError("not enough memory: you tried to allocate 9 bytes")):
+        def fail(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(torch, "load", fail)
+        with pytest.raises(type(error)):                                    # no fault of the file
+            datasets.read_kept(path)
+    assert path.read_bytes() == whole
 
 
 # ------------------------------------------------------------------------------------------------ 2. codes
@@ -1134,7 +1145,7 @@ def test_own_codes_come_back_without_the_code_that_counts_twins(world, capsys):
     run(capsys)
     index, = (world / "runs" / "toy").glob("codes-*/toy.index.json")
     run(capsys, "--codes", str(index), "--runs-dir", "again")
-    first, second = (datasets.read_kept(path, path.parent.name) for folder in ("runs", "again")
+    first, second = (datasets.read_kept(path) for folder in ("runs", "again")
                      for path in (world / folder / "toy").glob("codes-*/checkpoint.pt"))
     assert torch.equal(first["codes"], second["codes"]) and first["semantic"] == second["semantic"] == 2
 
@@ -1232,7 +1243,7 @@ def test_fit_stops_at_a_loss_that_is_not_finite(tmp_path):
     journal = datasets.Journal(tmp_path, every=0.0)
     with pytest.raises(DataError, match=r"step 10 .* \(its state of before is in .*snapshot.pt"):
         bad(torch.nn.Linear(1, 1), journal)
-    found = datasets.read_kept(journal.snapshot, tmp_path.name)
+    found = datasets.read_kept(journal.snapshot)
     assert found["step"] == 9 and found["parts"]["model"]["weight"].isfinite().all()
 
 
@@ -1265,6 +1276,13 @@ def test_a_gpu_is_taken_where_there_is_one(monkeypatch):
         == ["cuda", "cpu", "cuda", "cuda:1"] and taken == [1]
     with pytest.raises(DataError, match="cuda:2: torch sees no such device"):
         datasets.choose_device("cuda:2")
+
+
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(DataError, match="3 processes need as many GPUs, and torch sees 2"):
+        datasets.choose_device("auto")                      # all fail alike, before they wait for each other
 
 
 def test_bf16_is_close_to_float32():
@@ -1481,6 +1499,22 @@ def test_several_processes_report_a_mistake_once(tmp_path):
     assert result.returncode == 1 and result.stderr.count("unknown dataset 'nowhere'") == 1
 
 
+def test_all_processes_stop_together_whoever_is_told(tmp_path):
+    write_world(tmp_path / "Small", small_world())
+    flags = [*SMALL, "--save-every", "1000", "--sft-epochs", "300"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    both = [started(tmp_path, *flags, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+                    MASTER_ADDR="localhost", MASTER_PORT=port) for rank in "01"]
+    wait_for(lambda: any(notes.stat().st_size for notes in tmp_path.glob("runs/*/sft-*/metrics.jsonl")),
+             both[0])
+    both[1].send_signal(signal.SIGTERM)
+    for process in both:
+        assert process.communicate(timeout=60) and process.returncode == 143
+    assert len(list(tmp_path.glob("runs/*/sft-*/snapshot.pt"))) == 1
+
+
 def test_a_missing_compiler_is_said(world, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert "--compile needs a C++ compiler" in run(capsys, "--compile", "--device", "cpu", expect=1).err
@@ -1530,6 +1564,7 @@ def test_bad_settings_are_one_sentence(world, capsys, flags, words):
     (["--temperature", "0"], "--temperature 0.0 must be at least 0.01"),
     (["--group", "1"], "--group 1 must be at least 2"),
     (["--reward", "aug,xx"], "invalid choice: 'aug,xx'"), (["--show", "-1"], "--show -1 must be at least 0"),
+    (["--sft-epochs", "0"], "--sft-epochs 0.0 must be at least 0.001"),
     (["--k", "0"], "--k 0 must be at least 1"), (["--lam", "-1"], "--lam -1.0 must be at least 0"),
     (["--lr", "nan"], "--lr nan must be"), (["--dropout", "1"], "--dropout 1.0 must be at least 0")])
 def test_wrong_flags_are_one_sentence(capsys, flags, words):
@@ -1609,6 +1644,38 @@ def test_a_run_stopped_while_it_is_scored_need_not_train_again(world, capsys, mo
     assert noted_in(world / "whole") == noted_in(world / "runs")
 
 
+def test_a_signal_that_comes_after_the_last_step_counts():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(datasets.Stopped) as stopped:
+        with datasets.Progress("x", 1, datasets.Journal(), {"model": torch.nn.Linear(1, 1)}) as progress:
+            progress.resume()
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert stopped.value.args == (signal.SIGTERM,) and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_notes_begin_anew_where_nothing_tells_how_far_they_hold(tmp_path):
+    notes = tmp_path / "metrics.jsonl"
+    notes.write_text('{"step": 50}\n' * 40)
+    with datasets.Journal(tmp_path) as journal:             # killed before its first snapshot
+        journal.save({"step": 20})
+    with datasets.Journal(tmp_path) as journal:
+        journal.log({"step": 50})
+    assert [entry["step"] for entry in datasets.noted(tmp_path)] == [50]
+    notes.unlink()
+    with datasets.Journal(tmp_path) as journal:
+        journal.log({"step": 60})
+        journal.save({"step": 70})
+    notes.write_text("")
+    (tmp_path / "snapshot.pt.123.part").write_text("of a run that was killed")
+    with datasets.Journal(tmp_path) as journal:
+        journal.log({"step": 80})
+    assert [entry["step"] for entry in datasets.noted(tmp_path)] == [80]
+    assert not list(tmp_path.glob("*.part"))
+    notes.write_text("{")
+    with pytest.raises(DataError, match="metrics.jsonl is damaged"):
+        datasets.noted(tmp_path)
+
+
 def test_a_file_that_is_replaced_is_whole_at_every_moment(tmp_path):
     path, torn = tmp_path / "file", []
     datasets.write_atomically(path, b"a" * 1_000_000)
@@ -1646,10 +1713,10 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.005)
 
 
-def started(folder, *flags):
+def started(folder, *flags, **environment):
     """The command as a user gives it, left to run."""
     return subprocess.Popen([sys.executable, str(HERE / "gflowgr.py"), *QUICK, *flags], cwd=folder, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE)
 
 
@@ -1741,6 +1808,12 @@ def test_fresh_starts_over_and_a_damaged_snapshot_is_set_aside(world, capsys, mo
     found = run(capsys, "--k", "3")
     assert "snapshot.pt is damaged" in found.err and "goes on" not in found.out
     assert table(found.out)[:-1] == table(first)[:-1]
+    monkeypatch.setattr(datasets.Progress, "done", stopping)
+    run(capsys, "--fresh", expect=143)
+    monkeypatch.setattr(datasets.Progress, "done", done)
+    out = run(capsys).out                                   # nothing of before --fresh is mixed into it
+    assert "tb: goes on after step 3" in out and table(out) == table(first)
+    assert "would do the shared SFT again" in run(capsys, "--fresh", "--finetune-seeds", "1,2", expect=1).err
 
 
 def test_quiet_prints_the_table_alone(world, capsys):
@@ -1758,7 +1831,7 @@ def test_plot_is_drawn_or_says_what_is_missing(world, capsys, monkeypatch):
     assert err == "error: --plot needs matplotlib, which is not installed: pip install matplotlib\n"
 
 
-def test_recommend_gives_what_the_run_gave(world, capsys):
+def test_recommend_gives_what_the_run_gave(world, capsys, monkeypatch):
     run(capsys, "--precision", "fp32", "--max-history", "4")
     data = datasets.toy(42)
     for stage in ("sft", "tb"):
@@ -1769,6 +1842,16 @@ def test_recommend_gives_what_the_run_gave(world, capsys):
             assert g.recommend(folder, history) == top[user, :10].tolist()
             assert g.recommend(str(folder), history, 20) == top[user].tolist()
     assert sorted(g.recommend(folder, [3], 50)) == list(range(50))
+    (world / "link").symlink_to(folder)
+    shutil.copytree(folder, world / "copy")
+    monkeypatch.chdir(folder)
+    for same_folder in (world / "link", world / "copy", "."):
+        assert g.recommend(same_folder, history, 20) == top[user].tolist()
+    content = (world / "copy" / "checkpoint.pt").read_bytes()[:-50]
+    (world / "copy" / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(DataError, match="or a damaged one"):
+        g.recommend(world / "copy", history)
+    assert (world / "copy" / "checkpoint.pt").read_bytes() == content       # whoever only reads moves nothing
     for history, k in (([], 10), ([50], 10), ([-1], 10), (["a"], 10), ([1], 0), ([1], 51)):
         with pytest.raises(DataError, match="needs item ids of 0 to 49, and k must be 1 to 50"):
             g.recommend(folder, history, k)
@@ -1795,7 +1878,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(world, capsys, monk
 def test_foreign_and_damaged_checkpoints_are_done_again(world, capsys):
     first = run(capsys).out
     path, = (world / "runs" / "toy").glob("sft-*/checkpoint.pt")
-    result = datasets.read_kept(path, path.parent.name)
+    result = datasets.read_kept(path)
     torch.save({**result, "of": "sft-another"}, path)
     found = run(capsys)
     assert "is damaged or not of this program" in found.err and table(found.out) == table(first)
@@ -1810,7 +1893,7 @@ def test_diversity_and_case_studies_are_printed(world, capsys):
     assert lines[at].split()[2:5] == ["coverage", "KL", "std"]
     assert [line.split()[0] for line in lines[at + 1:at + 5]] == ["popularity", "SASRec", "SFT", "then"]
     path, = (world / "runs" / "toy").glob("tb-*/checkpoint.pt")
-    kept, data = datasets.read_kept(path, path.parent.name), datasets.toy(42)
+    kept, data = datasets.read_kept(path), datasets.toy(42)
     users = [i for i, line in enumerate(lines) if line.startswith("user ")]
     assert len(users) == 2
     for i in users:
@@ -1865,6 +1948,13 @@ def test_report_reads_what_runs_have_kept(world, capsys):
     out = run(capsys, "--report").out
     assert out.count("## toy") == 1 and "--group 2 ..`" in out    # tb does not depend on that
     assert sum(line.count(" 1 |") for line in out.splitlines()) == 4    # SASRec, SFT, grpo; tb's ablation
+    sft, = (world / "runs" / "toy").glob("sft-*")
+    shutil.copytree(sft, sft.with_name("old-sft"))
+    for content in ("{}", "[]", '{"dataset": []}', "{"):
+        (sft / "config.json").write_text(content)
+        found = run(capsys, "--report")
+        assert found.err.count("is left out: its notes are damaged") == found.err.count("\n") == 2
+        assert "Table 1" in found.out
 
 
 def test_choices_are_the_methods():
@@ -2034,12 +2124,13 @@ def test_spoiled_files_are_read_or_refused_in_one_sentence(tmp_path, capsys):
 
 def check_spoiled_checkpoints(folder, capsys, seeds):
     """A checkpoint in which something was changed is what it was, or is set aside: never read wrongly."""
-    path, content = folder / "checkpoint.pt", {"x": torch.arange(50), "y": {"R@10": 0.5}, "of": folder.name}
+    path = folder / "checkpoint.pt"
+    content = {"x": torch.arange(50), "y": {"R@10": 0.5}, "of": f"{folder.name}/checkpoint.pt"}
     datasets.write_checkpoint(path, content)
     whole = path.read_bytes()
     for seed in seeds:
         path.write_bytes(flipped(whole, random.Random(seed)))
-        result = datasets.read_kept(path, folder.name)
+        result = datasets.read_kept(path)
         assert result is None or same(result, content)
         assert (result is None) == (not path.exists()) == ("is damaged" in capsys.readouterr().err)
 
@@ -2047,7 +2138,7 @@ def check_spoiled_checkpoints(folder, capsys, seeds):
 def test_spoiled_checkpoints_are_never_read_wrongly(tmp_path, capsys):
     check_spoiled_checkpoints(tmp_path, capsys, range(100))
     os.mkfifo(tmp_path / "pipe.pt")                                     # and no waiting for what never comes
-    assert datasets.read_kept(tmp_path / "pipe.pt", "x") is None
+    assert datasets.read_kept(tmp_path / "pipe.pt") is None
 
 
 @pytest.mark.slow
