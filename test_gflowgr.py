@@ -1658,6 +1658,8 @@ def test_notes_begin_anew_where_nothing_tells_how_far_they_hold(tmp_path):
     notes.write_text('{"step": 50}\n' * 40)
     with datasets.Journal(tmp_path) as journal:             # killed before its first snapshot
         journal.save({"step": 20})
+        for step in range(21, 90):
+            journal.log({"step": step})
     with datasets.Journal(tmp_path) as journal:
         journal.log({"step": 50})
     assert [entry["step"] for entry in datasets.noted(tmp_path)] == [50]
@@ -1810,6 +1812,7 @@ def test_fresh_starts_over_and_a_damaged_snapshot_is_set_aside(world, capsys, mo
     assert table(found.out)[:-1] == table(first)[:-1]
     monkeypatch.setattr(datasets.Progress, "done", stopping)
     run(capsys, "--fresh", expect=143)
+    assert "goes on" not in run(capsys, "--fresh", expect=143).out
     monkeypatch.setattr(datasets.Progress, "done", done)
     out = run(capsys).out                                   # nothing of before --fresh is mixed into it
     assert "tb: goes on after step 3" in out and table(out) == table(first)
