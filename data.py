@@ -442,7 +442,8 @@ def read_vectors(path: Path, n_items: int) -> torch.Tensor:
     try:
         vectors = np.load(path, allow_pickle=False)
     except Exception as error:  # numpy fails in many ways on a damaged file; to the user each means the same
-        raise DataError(f"{path} cannot be read as a .npy file of numbers ({error})") from None
+        why = "" if "pickle" in str(error) else f" ({error})"       # numpy would have it loaded unsafely
+        raise DataError(f"{path} is not a .npy file of numbers, as numpy.save writes one{why}") from None
     if not isinstance(vectors, np.ndarray) or vectors.ndim != 2 or len(vectors) != n_items \
             or vectors.shape[1] == 0 or vectors.dtype.kind not in "fiu":
         found = f"{vectors.dtype} {vectors.shape}" if isinstance(vectors, np.ndarray) else "an archive"
@@ -649,6 +650,7 @@ class Run:
             of_the_first(None)
         if data.offsets.diff().max() < 4:
             raise DataError(f"{data.name}: no user has the 4 interactions that a training pair needs")
+        self.check_files()
         self.parts = {part: pairs.to(self.device) for part, pairs in split(data, cfg.max_history).items()}
         order = torch.randperm(data.n_users, generator=torch.Generator().manual_seed(cfg.seed))
         self.valid_rows = order[:cfg.valid_users].sort().values
@@ -665,13 +667,21 @@ class Run:
                 f"training pairs; {f'{world} processes, ' if world > 1 else ''}{self.device}, "
                 f"{cfg.precision}, seed {cfg.seed}{own}")
 
+    def check_files(self) -> None:
+        """Raises the DataError of a bad --codes or --item-vectors before anything is trained."""
+        if self.cfg.codes:
+            read_codes(Path(self.cfg.codes), self.data.n_items)
+        elif self.cfg.item_vectors:
+            read_vectors(Path(self.cfg.item_vectors), self.data.n_items)
+
     def check_unclicked(self, k: int) -> None:
         """Raises DataError where a pool may hold fewer than k items that a user has not clicked."""
         longest = min(self.cfg.max_history, int(self.data.offsets.diff().max()) - 3)
         unclicked = max(0, min(self.cfg.pool, self.data.n_items) - longest - 1)
         if k > unclicked:
-            raise DataError(f"only {unclicked} items of a pool of {self.cfg.pool} are surely unclicked; "
-                            "change --k, --negatives, --max-history or --pool, or use --sampler none")
+            raise DataError(f"each history needs {k} unclicked items, and only {unclicked} items of a pool of "
+                            f"{self.cfg.pool} are surely unclicked; change --k, --negatives, --max-history or "
+                            "--pool, or use --sampler none")
 
     @torch.no_grad()
     def recommended(self, model: torch.nn.Module, recommend: Callable, part: str,
@@ -921,7 +931,7 @@ def read_generator(folder: Path, settings: type, history: list[int], k: int) -> 
     folder = Path(folder)
     path = folder / "checkpoint.pt"
     result = read_checkpoint(path)
-    if "codes" not in result:
+    if not {"codes", "state"} <= result.keys():
         raise DataError(f"{folder} holds no finished generator, or a damaged one; name a folder as "
                         "runs/Beauty/tb-0123456789")
     n_items, config = len(result["codes"]), read_json(folder / "config.json")
@@ -1030,7 +1040,7 @@ class Progress(contextlib.ExitStack):
         """Take a snapshot, unless the training has broken down."""
         weights = [loss.detach(), *self.parts["model"].parameters()]
         if not all(bool(weight.isfinite().all()) for weight in weights):
-            self.refuse(step, float(loss))
+            self.refuse(step, loss.item())
         state = {name: part.state_dict() for name, part in self.parts.items()}
         cuda = torch.cuda.get_rng_state(loss.device) if loss.is_cuda else None
         self.journal.save({"parts": state, "step": step, "best": best[0], "best_score": best[1],
@@ -1146,6 +1156,8 @@ def for_each_seed(run_all: Callable, cfg) -> str:
         if not re.fullmatch(r"\d{1,9}(,\d{1,9})+", seeds):
             raise DataError(f"--{name.replace('_', '-')}s {seeds} is not a list of two or more whole "
                             "numbers, as 42,43,44")
+        if len(set(seeds.split(","))) < seeds.count(",") + 1:
+            raise DataError(f"--{name.replace('_', '-')}s {seeds} names a seed twice; each must be another")
         found = []
         for seed in map(int, seeds.split(",")):
             tables, results = run_all(dataclasses.replace(cfg, **{name: seed}))

@@ -82,7 +82,7 @@ class Config(datasets.RunSettings):
     finetune_epochs: float = knob(3.0, "finetune", "length, in passes of SFT; costly steps are fewer [ours]")
     finetune_seed: int = knob(-1, "finetune", "seed of the fine-tuning alone; -1: the same as --seed", low=-1)
     finetune_lr: float = knob(0.003, "finetune", "peak rate of AdamW in the fine-tuning [ours]")
-    lam: float = knob(0.01, "finetune", "lambda of Eq. 7, weight of what tb, db and ipa add to SFT [ours]")
+    lam: float = knob(0.01, "finetune", "lambda of Eq. 7, weight of what tb, db, ipa, distill add [ours]")
     pool: int = knob(512, "finetune", "random items that unclicked ones are chosen from, per batch [ours]")
     reward: str = knob("aug,cf,sim", "reward", "parts of the reward [paper]",
                        ("aug,cf,sim", "aug,cf", "aug,sim", "cf,sim", "aug", "cf", "sim"))
@@ -730,7 +730,7 @@ class FineTuning:
         cfg, catalogue, n_items = self.cfg, self.catalogue, len(self.catalogue.codes)
         source, n = cfg.sampler if method.source == "curriculum" else method.source, method.paths(cfg)
         items, log_old, log_ref, rewarded = target[:, None], None, None, "reward" in method.groups
-        scores = self.sasrec.scores(history) if rewarded else items.float().expand(-1, n_items)     # or any
+        scores = self.sasrec.scores(history) if rewarded else items.float().expand(-1, n_items)     # dummies
         if source in ("curriculum", "random"):
             pool = torch.randperm(n_items, device=target.device)[:cfg.pool]
             beta = cfg.easiest + progress * (cfg.hardest - cfg.easiest) if source == "curriculum" else 0.0
@@ -967,6 +967,7 @@ def train_generator(run: Run, stage: str, catalogue: Catalogue, sasrec: SASRec, 
 def recommend(run_folder: str | Path, history: list[int], k: int = 10) -> list[int]:
     """The k best next items after a history of item ids, oldest first, by a trained generator: run_folder is
     that of an SFT or a fine-tuning, as runs/toy/tb-0123456789. Raises DataError."""
+    history = history.tolist() if hasattr(history, "tolist") else history       # an array, a tensor
     cfg, kept = datasets.read_generator(run_folder, Config, history, k)
     catalogue = Catalogue.of(kept["codes"], kept["semantic"])
     model = datasets.load_state(generator(cfg, catalogue), kept["state"], run_folder)

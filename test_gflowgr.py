@@ -1425,6 +1425,7 @@ def test_seeds_run_one_after_another_and_end_in_mean_and_spread(world, capsys):
     for wrong in ("1", "1,x", "1,,2", "-1,2"):
         assert "is not a list of two or more" in run(capsys, f"--seeds={wrong}", expect=1).err
     assert "choose one" in run(capsys, "--seeds", "1,2", "--finetune-seeds", "1,2", expect=1).err
+    assert "names a seed twice" in run(capsys, "--seeds", "1,2,1", expect=1).err
 
 
 def test_finetune_seeds_share_one_sft(world, capsys):
@@ -1532,6 +1533,14 @@ def test_a_catalogue_of_fewer_items_than_a_list_is_ranked_whole(world, capsys):
     assert "no user has the 4 interactions" in run(capsys, *flags, expect=1).err
 
 
+def test_bad_files_are_found_before_anything_is_trained(world, capsys):
+    (world / "bad.npy").write_text("no array")
+    for flags, words in ((["--codes", "none.json"], "none.json does not exist"),
+                         (["--item-vectors", "bad.npy"], "bad.npy is not a .npy file of numbers, as numpy")):
+        found = run(capsys, *flags, expect=1)
+        assert words in found.err and "unsafely" not in found.err and not (world / "runs").exists()
+
+
 def test_own_codes_vectors_and_from_scratch(world, capsys):
     codes = torch.tensor(list(itertools.product(range(4), repeat=3)))[:50]
     codes[1] = codes[0]                                    # twins get a last code
@@ -1550,7 +1559,7 @@ def test_own_codes_vectors_and_from_scratch(world, capsys):
     (["--loss", "dpo", "--pool", "1", "--sampler", "none"], "change --k, --negatives"),
     (["--sasrec-dim", "15"], "no multiple of --sasrec-heads"),
     (["--report", "--runs-dir", "no"], "no holds no finished training"),
-    (["--codes", "none.json"], "No such file or directory: none.json"),
+    (["--codes", "none.json"], "none.json does not exist"),
     (["--precision", "fp16"], "fp16 needs a GPU"),
     (["--item-vectors", "none.npy"], "none.npy"), (["--device", "tpu"], "--device tpu is not auto")])
 def test_bad_settings_are_one_sentence(world, capsys, flags, words):
@@ -1840,6 +1849,8 @@ def test_recommend_gives_what_the_run_gave(world, capsys, monkeypatch):
     for stage in ("sft", "tb"):
         folder, = (world / "runs" / "toy").glob(f"{stage}-*")
         top = torch.load(folder / "checkpoint.pt", weights_only=True)["top"]
+        assert g.recommend(folder, np.array([17, 4])) == g.recommend(folder, torch.tensor([17, 4])) \
+            == g.recommend(folder, [17, 4])
         for user in (0, 7, 31):
             history = data.items[data.offsets[user]:data.offsets[user + 1] - 1].tolist()
             assert g.recommend(folder, history) == top[user, :10].tolist()
@@ -1859,7 +1870,8 @@ def test_recommend_gives_what_the_run_gave(world, capsys, monkeypatch):
         with pytest.raises(DataError, match="needs item ids of 0 to 49, and k must be 1 to 50"):
             g.recommend(folder, history, k)
     sasrec, = (world / "runs" / "toy").glob("sasrec-*")
-    for wrong in (sasrec, world / "nowhere", world):
+    codes, = (world / "runs" / "toy").glob("codes-*")
+    for wrong in (sasrec, codes, world / "nowhere", world):
         with pytest.raises(DataError, match="holds no finished generator"):
             g.recommend(wrong, [1])
 
