@@ -318,7 +318,7 @@ def test_own_item_vectors(tmp_path, array, words):
 def test_unreadable_item_vectors(tmp_path):
     for content in (b"not numpy", b"PK\x03\x04" + bytes(100), b""):
         (tmp_path / "v.npy").write_bytes(content)
-        with pytest.raises(DataError, match="cannot be read"):
+        with pytest.raises(DataError, match="is not a .npy file of numbers"):
             datasets.read_vectors(tmp_path / "v.npy", 3)
 
 
