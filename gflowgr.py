@@ -132,7 +132,7 @@ class ResidualQuantiser(nn.Module):
     def __init__(self, levels: int, size: int, dim: int, commitment: float = 0.25):
         super().__init__()
         self.codebooks = nn.Parameter(torch.randn(levels, size, dim))
-        self.register_buffer("clusters", torch.zeros(levels, size, dtype=torch.long))       # LETTER's
+        self.register_buffer("clusters", torch.zeros(levels, size, dtype=torch.long))       # even_codes_loss's
         self.commitment = commitment
 
     @torch.no_grad()
@@ -529,7 +529,7 @@ class Catalogue(NamedTuple):
 def path_log_probs(model: T5, catalogue: Catalogue, memory: Memory, items: Tensor) -> tuple[Tensor, ...]:
     """How likely each step of the paths of items (B, P) is, after histories that the encoder has read ->
     log_pf (B, P, L), [.., l] being log P_F(s_{l+1} | s_l); log_flow (B, P, L) of s_0 .. s_{L-1}; and log_even
-    (B, P, L), the mean of log P_F over all steps that the trie allows in s_l."""
+    (B, P, L), the mean of log P_F over all steps that the trie allows in s_l (only `smooth` asks for it)."""
     state = model.decode_paths(F.pad(catalogue.tokens[items][..., :-1], (1, 0)), memory)
     path, log_pf, log_even = catalogue.trie.path[items], [], []
     for level in range(model.levels):
@@ -546,7 +546,7 @@ def curriculum_sample(scores: Tensor, pool: Tensor, exclude: Tensor, k: int, bet
     """K items per user, easy ones (low scores) at beta < 0, hard ones at beta > 0, any at 0 (Section 3.1).
 
     Gumbel top-K, a draw without replacement from softmax(beta * z), z the standardised score. [ours]: the
-    temperature makes the paper's order soft, the pool makes a step cost O(B * M).
+    temperature makes the paper's order soft, a pool of M items makes a step cost O(B * M).
     scores (B, M) of the pool's items, pool (M,) ids, exclude (B, T) ids never drawn -> ids (B, k).
     """
     z = (scores - scores.mean(1, keepdim=True)) / scores.std(1, correction=0, keepdim=True).clamp(min=1e-6)
@@ -755,7 +755,7 @@ class FineTuning:
         """The method's loss, its mean over B -> scalar; Eq. 7 for tb and db. Gradients reach the model alone.
         history (B, T), target (B,), progress in [0, 1]."""
         model, cfg = self.model, self.cfg
-        first_half = -progress * cfg.iterations % 1 >= 0.5          # of an iteration of sprec: SFT, then DPO
+        first_half = -progress * cfg.iterations % 1 >= 0.5  # of each iteration of sprec: SFT, DPO in the other
         method = METHODS["sft" if cfg.loss == "sprec" and first_half else cfg.loss]
         paths = self.trajectories(method, history, target, progress)
         if paths.log_ref is not None:
@@ -883,7 +883,7 @@ def train_codes(run: Run, vectors: Tensor, collaborative: Tensor, journal: Journ
     with torch.no_grad():
         quantiser.initialise(model.encoder(vectors))
     tidy(0)
-    batches = datasets.length_batches(torch.zeros(n), 1024, steps, cfg.seed)
+    batches = datasets.length_batches(torch.zeros(n), 1024, steps, cfg.seed)    # of one length: shuffled
     optimiser = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.0, fused=True)
     fit(model, "codes", loss_of, batches, steps, optimiser, journal, after=tidy)
     with torch.no_grad():
