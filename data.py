@@ -679,9 +679,9 @@ class Run:
         longest = min(self.cfg.max_history, int(self.data.offsets.diff().max()) - 3)
         unclicked = max(0, min(self.cfg.pool, self.data.n_items) - longest - 1)
         if k > unclicked:
-            raise DataError(f"each history needs {k} unclicked items, and only {unclicked} items of a pool of "
-                            f"{self.cfg.pool} are surely unclicked; change --k, --negatives, --max-history or "
-                            "--pool, or use --sampler none")
+            raise DataError(f"each history needs {k} unclicked items, and only {unclicked} items of a pool "
+                            f"of {self.cfg.pool} are surely unclicked; change --k, --negatives, "
+                            "--max-history or --pool, or use --sampler none")
 
     @torch.no_grad()
     def recommended(self, model: torch.nn.Module, recommend: Callable, part: str,
@@ -1138,6 +1138,22 @@ def summary(run: Run, scores: Callable, r_cs: Callable) -> tuple[str, dict]:
     return "\n\n".join(parts), results
 
 
+def several_seeds(cfg) -> tuple[str, list[int]]:
+    """The setting that --seeds or --finetune-seeds vary, and the values that they name. Raises DataError."""
+    if cfg.seeds and cfg.finetune_seeds:
+        raise DataError("--seeds and --finetune-seeds cannot go together; choose one")
+    if cfg.finetune_seeds and cfg.fresh:
+        raise DataError("--fresh would do the shared SFT again for each of --finetune-seeds; leave it "
+                        "out, or name another --runs-dir")
+    seeds, name = cfg.seeds or cfg.finetune_seeds, "seed" if cfg.seeds else "finetune_seed"
+    if not re.fullmatch(r"\d{1,9}(,\d{1,9})+", seeds):
+        raise DataError(f"--{name.replace('_', '-')}s {seeds} is not a list of two or more whole "
+                        "numbers, as 42,43,44")
+    if len(set(seeds.split(","))) < seeds.count(",") + 1:
+        raise DataError(f"--{name.replace('_', '-')}s {seeds} names a seed twice; each must be another")
+    return name, list(map(int, seeds.split(",")))
+
+
 def for_each_seed(run_all: Callable, cfg) -> str:
     """The tables of run_all(settings) -> (tables, results); where --seeds or --finetune-seeds name several,
     they are printed run by run, and mean ± standard deviation over the runs is what is returned. Or a report
@@ -1147,19 +1163,8 @@ def for_each_seed(run_all: Callable, cfg) -> str:
     with contextlib.redirect_stdout(Nowhere() if cfg.quiet else sys.stdout):
         if not cfg.seeds and not cfg.finetune_seeds:
             return run_all(cfg)[0]
-        if cfg.seeds and cfg.finetune_seeds:
-            raise DataError("--seeds and --finetune-seeds cannot go together; choose one")
-        if cfg.finetune_seeds and cfg.fresh:
-            raise DataError("--fresh would do the shared SFT again for each of --finetune-seeds; leave it "
-                            "out, or name another --runs-dir")
-        seeds, name = cfg.seeds or cfg.finetune_seeds, "seed" if cfg.seeds else "finetune_seed"
-        if not re.fullmatch(r"\d{1,9}(,\d{1,9})+", seeds):
-            raise DataError(f"--{name.replace('_', '-')}s {seeds} is not a list of two or more whole "
-                            "numbers, as 42,43,44")
-        if len(set(seeds.split(","))) < seeds.count(",") + 1:
-            raise DataError(f"--{name.replace('_', '-')}s {seeds} names a seed twice; each must be another")
-        found = []
-        for seed in map(int, seeds.split(",")):
+        found, (name, seeds) = [], several_seeds(cfg)
+        for seed in seeds:
             tables, results = run_all(dataclasses.replace(cfg, **{name: seed}))
             print(f"{tables}\n", flush=True)
             found.append(results)

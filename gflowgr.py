@@ -132,7 +132,7 @@ class ResidualQuantiser(nn.Module):
     def __init__(self, levels: int, size: int, dim: int, commitment: float = 0.25):
         super().__init__()
         self.codebooks = nn.Parameter(torch.randn(levels, size, dim))
-        self.register_buffer("clusters", torch.zeros(levels, size, dtype=torch.long))       # even_codes_loss's
+        self.register_buffer("clusters", torch.zeros(levels, size, dtype=torch.long))     # even_codes_loss
         self.commitment = commitment
 
     @torch.no_grad()
@@ -755,7 +755,7 @@ class FineTuning:
         """The method's loss, its mean over B -> scalar; Eq. 7 for tb and db. Gradients reach the model alone.
         history (B, T), target (B,), progress in [0, 1]."""
         model, cfg = self.model, self.cfg
-        first_half = -progress * cfg.iterations % 1 >= 0.5  # of each iteration of sprec: SFT, DPO in the other
+        first_half = -progress * cfg.iterations % 1 >= 0.5  # of an iteration of sprec: SFT; the other: DPO
         method = METHODS["sft" if cfg.loss == "sprec" and first_half else cfg.loss]
         paths = self.trajectories(method, history, target, progress)
         if paths.log_ref is not None:
