@@ -549,6 +549,9 @@ def choose_device(wanted: str) -> torch.device:
     if device.index is not None:            # a bare "cuda" is torch's current device already
         torch.cuda.set_device(device)
     if several and not dist.is_initialized():
+        # Functions in there have the group as a default. Imported after it began, by DistributedDataParallel,
+        # they would keep it and its threads alive until Python ends, which now and then aborts.
+        importlib.import_module("torch.distributed.nn")
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                 timeout=datetime.timedelta(days=7))     # the first may wait for another run
     return device
