@@ -661,6 +661,15 @@ class Run:
         if cfg.fresh and not rank:
             self.forget()
         print(self.title(), flush=True)
+        self.name_unused()
+
+    def name_unused(self) -> None:
+        """A warning that names the settings that were changed and that no stage depends on."""
+        used, presets = {"run", *itertools.chain(*self.needs.values())}, PRESETS.get(self.cfg.dataset, {})
+        unused = {f.name: value for f in dataclasses.fields(self.cfg) if f.metadata["group"] not in used
+                  and (value := getattr(self.cfg, f.name)) != presets.get(f.name, f.default)}
+        if unused and not processes()[0]:
+            print(f"warning: nothing in this run depends on {flags(unused)}", file=sys.stderr)
 
     def title(self) -> str:
         """The line that a run begins with."""

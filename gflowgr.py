@@ -82,8 +82,8 @@ class Config(datasets.RunSettings):
     finetune_epochs: float = knob(3.0, "finetune", "length, in passes of SFT; costly steps are fewer [ours]")
     finetune_seed: int = knob(-1, "finetune", "seed of the fine-tuning alone; -1: the same as --seed", low=-1)
     finetune_lr: float = knob(0.003, "finetune", "peak rate of AdamW in the fine-tuning [ours]")
-    lam: float = knob(0.01, "finetune", "lambda of Eq. 7, weight of what tb, db, ipa, distill add [ours]")
-    pool: int = knob(512, "finetune", "random items that unclicked ones are chosen from, per batch [ours]")
+    lam: float = knob(0.01, "lambda", "lambda of Eq. 7, weight of what tb, db, ipa, distill add [ours]")
+    pool: int = knob(512, "pool", "random items that unclicked ones are chosen from, per batch [ours]")
     reward: str = knob("aug,cf,sim", "reward", "parts of the reward [paper]",
                        ("aug,cf,sim", "aug,cf", "aug,sim", "cf,sim", "aug", "cf", "sim"))
     scale: str = knob("minmax", "reward", "of r_cs: min-max, or softmax [ours]", ("minmax", "softmax"))
@@ -683,16 +683,16 @@ class Method(NamedTuple):
 
 METHODS = {
     "sft": Method("none", lambda c: 0, (), 1.0, lambda y, c: sft(y.log_pf[:, 0])),
-    "db": Method("curriculum", lambda c: c.k, ("reward", "gflownet"), 1.5,
+    "db": Method("curriculum", lambda c: c.k, ("lambda", "pool", "reward", "gflownet"), 1.5,
                  lambda y, c: sft(y.log_pf[:, 0]) + c.lam * y.balance(detailed_balance)),
-    "tb": Method("curriculum", lambda c: c.k, ("reward", "gflownet"), 1.5,
+    "tb": Method("curriculum", lambda c: c.k, ("lambda", "pool", "reward", "gflownet"), 1.5,
                  lambda y, c: sft(y.log_pf[:, 0]) + c.lam * y.balance(trajectory_balance)),
-    "dpo": Method("random", lambda c: 1, ("preference",), 1.3, lambda y, c: dpo(*y.margins(), c.beta)),
-    "sdpo": Method("random", lambda c: c.negatives, ("preference",), 1.5,
+    "dpo": Method("random", lambda c: 1, ("pool", "preference"), 1.3, lambda y, c: dpo(*y.margins(), c.beta)),
+    "sdpo": Method("random", lambda c: c.negatives, ("pool", "preference"), 1.5,
                    lambda y, c: dpo(*y.margins(), c.beta)),
     "sprec": Method("draws", lambda c: 1, ("preference",), 1.3,     # left out: draws of the clicked item
                     lambda y, c: (y.items[:, 0] != y.items[:, 1]) * dpo(*y.margins(), c.sprec_beta)),
-    "ipa": Method("beam", lambda c: c.beam, ("reward", "preference"), 5.0, lambda y, c:
+    "ipa": Method("beam", lambda c: c.beam, ("lambda", "reward", "preference"), 5.0, lambda y, c:
                   sft(y.log_pf[:, 0]) + c.lam * ipa(y.margins()[1], y.reward[:, 1:], c.beta)),
     "ppo": Method("draws", lambda c: c.group, ("reward", "policy"), 4.5,        # V(x): the flow head at s_0
                   lambda y, c: ppo(*y.drawn(), y.log_flow[:, 0, 0], c.clip, c.kl)),
@@ -701,8 +701,8 @@ METHODS = {
     # Two controls that are none of the paper's: is it the balance that helps, or any spreading, any teacher?
     "smooth": Method("none", lambda c: 0, ("smoothing",), 1.0, lambda y, c: torch.lerp(
                      sft(y.log_pf[:, 0]), sft(y.log_even[:, 0]), c.smoothing)),
-    "distill": Method("curriculum", lambda c: c.k, ("reward", "gflownet"), 1.5, lambda y, c: sft(
-                      y.log_pf[:, 0]) + c.lam * distillation(y.log_pf.sum(-1), y.r_cs)),
+    "distill": Method("curriculum", lambda c: c.k, ("lambda", "pool", "reward", "gflownet"), 1.5, lambda y, c:
+                      sft(y.log_pf[:, 0]) + c.lam * distillation(y.log_pf.sum(-1), y.r_cs)),
 }
 
 

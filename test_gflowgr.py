@@ -1019,6 +1019,28 @@ def test_what_each_method_knows_of_its_trajectories(loss):
     assert all(p.grad is None for p in frozen) and model.embedding.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("loss", list(g.METHODS))
+def test_a_setting_that_a_method_does_not_name_changes_nothing(loss):
+    def value(**changes):
+        torch.manual_seed(7)
+        model, sasrec, catalogue, cfg, history, target = method_setting(loss=loss, beam=6, **changes)
+        tuning = g.FineTuning(model, sasrec, catalogue, cfg)
+        for weight in model.parameters():       # so that it is no longer its own reference
+            weight.data += 0.1 * torch.randn_like(weight)
+        return tuning.loss(history, target, 0.95).item()
+
+    others = dict(lam=0.9, pool=11, reward="cf", scale="softmax", k=2, sampler="random", easiest=1.0,
+                  hardest=9.0, confidence=False, z="scalar", smoothing=0.4, beta=0.3, negatives=2,
+                  sprec_beta=0.7, group=7, clip=0.01, kl=0.5)
+    groups, usual, felt = g.METHODS[loss].groups, value(), set()
+    for name, other in others.items():
+        group = g.Config.__dataclass_fields__[name].metadata["group"]
+        if value(**{name: other}) != usual:
+            assert group in groups, name
+            felt.add(group)
+    assert felt == set(groups)
+
+
 def test_methods_at_the_policy_that_is_its_own_reference():
     def value(loss, **changes):
         torch.manual_seed(7)
@@ -1573,6 +1595,12 @@ def test_own_codes_vectors_and_from_scratch(world, capsys):
 def test_bad_settings_are_one_sentence(world, capsys, flags, words):
     err = run(capsys, *flags, expect=1).err
     assert words in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_settings_without_effect_are_named(world, capsys):
+    said = run(capsys, "--loss", "sft", "--lam", "0.5", "--no-confidence", "--alignment", "1").err
+    assert said == "warning: nothing in this run depends on --alignment 1.0 --lam 0.5 --no-confidence\n"
+    assert not run(capsys, "--loss", "tb", "--lam", "0.5", "--no-confidence", "--quiet").err
 
 
 @pytest.mark.parametrize("flags, words", [
