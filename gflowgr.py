@@ -77,12 +77,12 @@ class Config(datasets.RunSettings):
     lr: float = knob(0.02, "sft", "peak rate of AdamW, relative to a weight's size [ours]")
     sft_epochs: float = knob(10.0, "sft", "passes over the training pairs by SFT [ours]", low=0.001)
     loss: str = knob("tb", "finetune", "fine-tuning method; sft goes on with SFT",
-                     ("sft", "db", "tb", "dpo", "sdpo", "sprec", "ipa", "ppo", "grpo", "smooth", "distill"))
+                     ("sft", "db", "tb", "dpo", "sdpo", "sprec", "ipa", "ppo", "grpo", "smooth", "exact"))
     from_scratch: bool = knob(False, "finetune", "fine-tune an untrained generator, for both trainings' time")
     finetune_epochs: float = knob(3.0, "finetune", "length, in passes of SFT; costly steps are fewer [ours]")
     finetune_seed: int = knob(-1, "finetune", "seed of the fine-tuning alone; -1: the same as --seed", low=-1)
     finetune_lr: float = knob(0.003, "finetune", "peak rate of AdamW in the fine-tuning [ours]")
-    lam: float = knob(0.01, "lambda", "lambda of Eq. 7, weight of what tb, db, ipa, distill add [ours]")
+    lam: float = knob(0.01, "lambda", "lambda of Eq. 7, weight of what tb, db and ipa add [ours]")
     pool: int = knob(512, "pool", "random items that unclicked ones are chosen from, per batch [ours]")
     reward: str = knob("aug,cf,sim", "reward", "parts of the reward [paper]",
                        ("aug,cf,sim", "aug,cf", "aug,sim", "cf,sim", "aug", "cf", "sim"))
@@ -93,7 +93,7 @@ class Config(datasets.RunSettings):
     hardest: float = knob(3.0, "gflownet", "beta of the curriculum at the end [ours]", low=-100)
     confidence: bool = knob(True, "gflownet", "weight each trajectory by Eq. 8 [paper]")
     z: str = knob("user", "gflownet", "one Z for each user [ours], or a scalar [paper]", ("user", "scalar"))
-    smoothing: float = knob(0.1, "smoothing", "share of an even target in the control --loss smooth", below=1)
+    smoothing: float = knob(0.1, "smoothing", "share of SFT's target that smooth and exact spread", below=1)
     beta: float = knob(1.0, "preference", "beta of dpo, sdpo and ipa [paper]")
     negatives: int = knob(3, "preference", "random negatives of sdpo [paper]")
     sprec_beta: float = knob(0.1, "preference", "beta of sprec [paper]")
@@ -360,8 +360,7 @@ class Block(nn.Module):
         """x (B * P, S, d) -> x, and the keys and values (B * P, H, S', d_kv) that a later step attends to.
 
         memory: keys, values (B, H, M, d_kv) and bias of the histories; the P paths of a history all ask the
-        same memory, so it is never repeated (an encoder has P = 1). past: keys and values of earlier steps.
-        """
+        same memory, so it is never repeated (an encoder has P = 1). past: those of earlier steps."""
         h = self.norms[0](x)
         present = self.attention.keys_values(h)
         if past is not None:
@@ -472,8 +471,7 @@ class Trie:
     """Which prefixes of codes are items: a tree in O(items) memory, its nodes numbered level by level.
 
     The children of node n are neighbours: first_child[n] .. first_child[n] + n_children[n] - 1, and code[c]
-    leads to child c. path[i], L + 1 nodes, leads from the root, node 0, to item i.
-    """
+    leads to child c. path[i], L + 1 nodes, leads from the root, node 0, to item i."""
 
     def __init__(self, codes: Tensor):
         """codes (N, L), rows all different; ValueError when two items share a path."""
@@ -504,6 +502,13 @@ class Trie:
         allowed = logits.float().gather(-1, self.code[child])
         return child, allowed.masked_fill(~real, -torch.inf).log_softmax(-1)
 
+    def flows(self, leaf: Tensor) -> Tensor:
+        """What ends in each item (B, N) -> what flows through each node (B, nodes): all that is below it."""
+        flow = leaf.new_zeros(len(self.code), len(leaf))
+        for nodes in self.path.T:
+            flow.index_add_(0, nodes, leaf.T)
+        return flow.T
+
 
 # ========================================================================================= 6. trajectories
 
@@ -526,20 +531,22 @@ class Catalogue(NamedTuple):
         return model.encode(self.tokens[history].flatten(1))
 
 
-def path_log_probs(model: T5, catalogue: Catalogue, memory: Memory, items: Tensor) -> tuple[Tensor, ...]:
+def path_log_probs(model: T5, catalogue: Catalogue, memory: Memory, items: Tensor, flow=None) -> tuple:
     """How likely each step of the paths of items (B, P) is, after histories that the encoder has read ->
-    log_pf (B, P, L), [.., l] being log P_F(s_{l+1} | s_l); log_flow (B, P, L) of s_0 .. s_{L-1}; and log_even
-    (B, P, L), the mean of log P_F over all steps that the trie allows in s_l (only `smooth` asks for it)."""
+    log_pf (B, P, L), [.., l] being log P_F(s_{l+1} | s_l); log_flow (B, P, L) of s_0 .. s_{L-1}; and log_mean
+    (B, P, L), the mean of log P_F over all steps that the trie allows in s_l, even or, of a flow (B, nodes),
+    by where it goes from s_l (only the controls ask for it)."""
     state = model.decode_paths(F.pad(catalogue.tokens[items][..., :-1], (1, 0)), memory)
-    path, log_pf, log_even = catalogue.trie.path[items], [], []
+    trie, path, log_pf, log_mean = catalogue.trie, catalogue.trie.path[items], [], []
     for level in range(model.levels):
         node, logits = path[..., level], model.code_logits(state[..., level, :], level)
-        _, log_probs = catalogue.trie.log_probs(logits, node, level)
-        slot = path[..., level + 1] - catalogue.trie.first_child[node]
+        child, log_probs = trie.log_probs(logits, node, level)
+        slot = path[..., level + 1] - trie.first_child[node]
         log_pf.append(log_probs.gather(-1, slot[..., None]).squeeze(-1))
-        real = log_probs.masked_fill(log_probs == -torch.inf, 0)
-        log_even.append(real.sum(-1) / catalogue.trie.n_children[node])
-    return torch.stack(log_pf, -1), model.flow(state).squeeze(-1).float(), torch.stack(log_even, -1)
+        real = log_probs != -torch.inf
+        weight = real if flow is None else flow.gather(1, child.flatten(1)).view_as(child) * real
+        log_mean.append((weight * log_probs.masked_fill(~real, 0)).sum(-1) / weight.sum(-1))
+    return torch.stack(log_pf, -1), model.flow(state).squeeze(-1).float(), torch.stack(log_mean, -1)
 
 
 def curriculum_sample(scores: Tensor, pool: Tensor, exclude: Tensor, k: int, beta: float) -> Tensor:
@@ -547,8 +554,7 @@ def curriculum_sample(scores: Tensor, pool: Tensor, exclude: Tensor, k: int, bet
 
     Gumbel top-K, a draw without replacement from softmax(beta * z), z the standardised score. [ours]: the
     temperature makes the paper's order soft, a pool of M items makes a step cost O(B * M).
-    scores (B, M) of the pool's items, pool (M,) ids, exclude (B, T) ids never drawn -> ids (B, k).
-    """
+    scores (B, M) of the pool's items, pool (M,) ids, exclude (B, T) ids never drawn -> ids (B, k)."""
     z = (scores - scores.mean(1, keepdim=True)) / scores.std(1, correction=0, keepdim=True).clamp(min=1e-6)
     gumbel = -(-torch.rand_like(z).log()).log()
     clicked = (pool[:, None] == exclude[:, None]).any(-1)                           # (B, M)
@@ -604,11 +610,6 @@ def trajectory_balance(log_pf: Tensor, log_flow: Tensor, log_reward: Tensor) -> 
     return (log_flow[..., 0] + log_pf.sum(-1) - log_reward).square()
 
 
-def distillation(log_p: Tensor, teacher: Tensor) -> Tensor:
-    """Cross-entropy of log_p to the teacher's probabilities, both over the P paths. (B, P) each -> (B,)."""
-    return -(teacher / teacher.sum(1, keepdim=True) * log_p.log_softmax(1)).sum(1)
-
-
 def dpo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     """S-DPO (Chen et al. 2024): -log sigmoid(-logsumexp_j beta (D-_j - D+)), D = log p - log p_ref; with one
     rejected path, DPO (Rafailov et al. 2023). chosen D+ (B,), rejected D- (B, K) -> (B,)."""
@@ -651,12 +652,12 @@ class Paths(NamedTuple):
     items: Tensor       # (B, P)
     reward: Tensor      # (B, P) R
     weight: Tensor      # (B, P) w of Eq. 8
-    r_cs: Tensor        # (B, P) the collaborative model's part of R
+    flow: Tensor | None         # (B, nodes) what SASRec's softmax has below each node of the trie
     log_old: Tensor | None      # (B, P) log p by the policy that drew them
     log_ref: Tensor | None      # (B, P) log p by the reference policy
-    log_pf: Tensor | None       # (B, P, L) log P_F of each step, by the generator in training
-    log_flow: Tensor | None     # (B, P, L) log F of s_0 .. s_{L-1}, by the same
-    log_even: Tensor | None     # (B, P, L) the mean log P_F of all steps that were possible
+    log_pf: Tensor | None = None    # (B, P, L) log P_F of each step, by the generator in training
+    log_flow: Tensor | None = None  # (B, P, L) log F of s_0 .. s_{L-1}, by the same
+    log_mean: Tensor | None = None  # (B, P, L) the mean log P_F of all steps that were possible
 
     def balance(self, objective: Callable) -> Tensor:
         """The sum over paths of w * L_GFN -> (B,)."""
@@ -674,7 +675,7 @@ class Paths(NamedTuple):
 
 class Method(NamedTuple):
     """A way of fine-tuning: where its trajectories come from x the objective put on them."""
-    source: str             # of the paths beside the observed one; beam and draws are the generator's own
+    source: str             # of paths beside the observed one; beam, draws: the generator's own; all: as flow
     paths: Callable         # Config -> how many of those
     groups: tuple           # of settings that it has
     cost: float             # time of its training step over SFT's, measured on two cores (README)
@@ -700,10 +701,9 @@ METHODS = {
                    lambda y, c: grpo(*y.drawn(), c.clip, c.kl)),
     # Two controls that are none of the paper's: is it the balance that helps, or any spreading, any teacher?
     "smooth": Method("none", lambda c: 0, ("smoothing",), 1.0, lambda y, c: torch.lerp(
-                     sft(y.log_pf[:, 0]), sft(y.log_even[:, 0]), c.smoothing)),
-    "distill": Method("curriculum", lambda c: c.k, ("lambda", "pool", "reward", "gflownet"), 1.5, lambda y, c:
-                      sft(y.log_pf[:, 0]) + c.lam * distillation(y.log_pf.sum(-1), y.r_cs)),
+                     sft(y.log_pf[:, 0]), sft(y.log_mean[:, 0]), c.smoothing)),
 }
+METHODS["exact"] = METHODS["smooth"]._replace(source="all", cost=1.3)   # not evenly: where SASRec's flow goes
 
 
 class FineTuning:
@@ -712,7 +712,7 @@ class FineTuning:
     def __init__(self, model: T5, sasrec: SASRec, catalogue: Catalogue, cfg: Config):
         self.model, self.sasrec, self.catalogue, self.cfg = model, sasrec, catalogue, cfg
         source, self.old, self.reference = METHODS[cfg.loss].source, None, None
-        if source not in ("none", "curriculum"):        # the policy as it began
+        if source in ("random", "beam", "draws"):       # the policy as it began
             self.reference = copy.deepcopy(model).eval().requires_grad_(False)
         if source in ("beam", "draws"):                 # the policy that draws; for sprec the reference, too
             self.old = self.reference if cfg.loss == "sprec" else copy.deepcopy(self.reference)
@@ -729,8 +729,10 @@ class FineTuning:
         what a method has no use for is left empty. history (B, T), progress in [0, 1]."""
         cfg, catalogue, n_items = self.cfg, self.catalogue, len(self.catalogue.codes)
         source, n = cfg.sampler if method.source == "curriculum" else method.source, method.paths(cfg)
-        items, log_old, log_ref, rewarded = target[:, None], None, None, "reward" in method.groups
-        scores = self.sasrec.scores(history) if rewarded else items.float().expand(-1, n_items)     # dummies
+        items, log_old, log_ref = target[:, None], None, None
+        scored = source == "all" or "reward" in method.groups       # else the scores are dummies
+        scores = self.sasrec.scores(history) if scored else items.float().expand(-1, n_items)
+        flow = catalogue.trie.flows(scores.softmax(1)) if source == "all" else None     # on a tree: exact
         if source in ("curriculum", "random"):
             pool = torch.randperm(n_items, device=target.device)[:cfg.pool]
             beta = cfg.easiest + progress * (cfg.hardest - cfg.easiest) if source == "curriculum" else 0.0
@@ -745,11 +747,10 @@ class FineTuning:
             memory = catalogue.read(self.reference, history)
             log_ref = path_log_probs(self.reference, catalogue, memory, items)[0].sum(-1)
         r_aug = (items == target[:, None]).float()
-        r_cs = collaborative_score(scores, items, cfg.scale) if rewarded else r_aug
+        r_cs = collaborative_score(scores, items, cfg.scale) if scored else r_aug
         r_sim = shared_codes(catalogue.codes[items][..., :catalogue.semantic])
         weight = confidence(r_aug, r_cs) if cfg.confidence else torch.ones_like(r_cs)
-        return Paths(items, reward(r_aug, r_cs, r_sim, cfg.reward), weight, r_cs, log_old, log_ref,
-                     None, None, None)
+        return Paths(items, reward(r_aug, r_cs, r_sim, cfg.reward), weight, flow, log_old, log_ref)
 
     def loss(self, history: Tensor, target: Tensor, progress: float) -> Tensor:
         """The method's loss, its mean over B -> scalar; Eq. 7 for tb and db. Gradients reach the model alone.
@@ -761,10 +762,10 @@ class FineTuning:
         if paths.log_ref is not None:
             model.eval()        # without dropout: the ratio of two policies must not be its noise
         memory = self.catalogue.read(model, history)
-        log_pf, log_flow, log_even = path_log_probs(model, self.catalogue, memory, paths.items)
+        log_pf, log_flow, log_mean = path_log_probs(model, self.catalogue, memory, paths.items, paths.flow)
         if "gflownet" in method.groups and cfg.z == "scalar":
             log_flow = torch.cat([(10 * model.scalar_z).expand_as(log_flow[..., :1]), log_flow[..., 1:]], -1)
-        paths = paths._replace(log_pf=log_pf, log_flow=log_flow, log_even=log_even)
+        paths = paths._replace(log_pf=log_pf, log_flow=log_flow, log_mean=log_mean)
         return method.objective(paths, cfg).mean()
 
 
@@ -857,8 +858,7 @@ def needs(cfg: Config) -> dict[str, tuple[str, ...]]:
 
 def train_codes(run: Run, vectors: Tensor, collaborative: Tensor, journal: Journal) -> Tensor:
     """Train an RQ-VAE on item vectors (N, d_in), LETTER's on SASRec's (N, dim) too -> codes (N, L)."""
-    cfg, n = run.cfg, len(vectors)
-    steps = cfg.code_epochs * math.ceil(n / 1024)
+    cfg, steps = run.cfg, run.cfg.code_epochs * math.ceil(len(vectors) / 1024)
     alignment, even_codes = (cfg.alignment, cfg.even_codes) if cfg.backbone == "letter" else (0, 0)
     model = RQVAE(vectors.shape[1], cfg.levels, cfg.codebook_size, cfg.code_dim, cfg.commitment)
     quantiser = model.to(run.device).quantiser
@@ -883,7 +883,7 @@ def train_codes(run: Run, vectors: Tensor, collaborative: Tensor, journal: Journ
     with torch.no_grad():
         quantiser.initialise(model.encoder(vectors))
     tidy(0)
-    batches = datasets.length_batches(torch.zeros(n), 1024, steps, cfg.seed)    # of one length: shuffled
+    batches = datasets.length_batches(torch.zeros(len(vectors)), 1024, steps, cfg.seed)     # shuffled
     optimiser = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.0, fused=True)
     fit(model, "codes", loss_of, batches, steps, optimiser, journal, after=tidy)
     with torch.no_grad():

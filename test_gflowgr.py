@@ -888,14 +888,36 @@ def test_smoothing_is_the_cross_entropy_to_the_codes_that_lead_to_an_item():
     assert loss.tolist() == pytest.approx([0.75 * 3 + 0.25 * 6] * 2)
 
 
-def test_distillation_by_hand_is_least_at_the_teacher():
-    teacher = torch.tensor([[3.0, 1.0, 4.0]])
-    p = torch.tensor([[0.2, 0.1, 0.1]])                                     # of these, half, 1/4 and 1/4
-    hand = -(3 * math.log(0.5) + math.log(0.25) + 4 * math.log(0.25)) / 8
-    assert g.distillation(p.log(), teacher).item() == pytest.approx(hand)
-    at_teacher = (0.07 * teacher).log().requires_grad_()
-    g.distillation(at_teacher, teacher).sum().backward()
-    assert at_teacher.grad.abs().max() < 1e-6
+def test_flow_is_the_sum_of_all_that_lies_below():
+    catalogue, leaf = small_catalogue(), torch.rand(2, 30)
+    flow, codes = catalogue.trie.flows(leaf), catalogue.codes
+    for item, level in itertools.product(range(30), range(codes.shape[1] + 1)):
+        below = (codes[:, :level] == codes[item, :level]).all(1)
+        torch.testing.assert_close(flow[:, catalogue.trie.path[item, level]], leaf[:, below].sum(1))
+
+
+def test_exact_is_the_cross_entropy_to_where_the_teachers_flow_goes():
+    catalogue = small_catalogue()
+    model, history, items = small_generator(catalogue), torch.randint(30, (2, 4)), torch.randint(30, (2, 3))
+    memory, teacher = catalogue.read(model, history), torch.rand(2, 30).softmax(1) ** 2
+    *_, mean = g.path_log_probs(model, catalogue, memory, items, catalogue.trie.flows(teacher))
+    every = log_probs(model, catalogue, history, torch.arange(30).expand(2, -1))[0]
+    for user, slot, level in itertools.product(range(2), range(3), range(3)):
+        below = (catalogue.codes[:, :level] == catalogue.codes[items[user, slot], :level]).all(1)
+        weight = teacher[user] * below
+        assert mean[user, slot, level].item() == pytest.approx(
+            ((weight * every[user, :, level]).sum() / weight.sum()).item(), abs=1e-5)
+    own = every.sum(-1).exp().detach()              # of all teachers, itself leaves it where it is
+    g.path_log_probs(model, catalogue, memory, items, catalogue.trie.flows(own))[2].sum().backward()
+    assert max(weight.grad.abs().max() for weight in model.parameters() if weight.grad is not None) < 1e-4
+
+
+def test_exact_asks_sasrec_for_its_probability_of_each_item():
+    teacher, history = Scores([5.0, 1.0, 3.0, 2.0, 0.0, 4.0]), torch.tensor([[0], [3]])
+    paths = trajectories("exact", teacher, history, torch.tensor([2, 4]), 0.5)
+    assert paths.items.tolist() == [[2], [4]] and not paths.flow.requires_grad
+    leaf = small_catalogue(n_items=6).trie.path[:, -1]
+    torch.testing.assert_close(paths.flow[:, leaf], teacher.values.detach().softmax(0).expand(2, -1))
 
 
 def test_dpo_by_hand():
@@ -1003,7 +1025,7 @@ def test_what_each_method_knows_of_its_trajectories(loss):
     tuning = g.FineTuning(model, sasrec, catalogue, cfg)
     paths = tuning.trajectories(g.METHODS[loss], history, target, 0.9)
     size = {"sft": 1, "db": 4, "tb": 4, "dpo": 2, "sdpo": 4, "sprec": 2, "ipa": 7, "ppo": 6, "grpo": 6,
-            "smooth": 1, "distill": 4}[loss]
+            "smooth": 1, "exact": 1}[loss]
     assert paths.items.shape == (4, size) and torch.equal(paths.items[:, 0], target)
     assert paths.items.min() >= 0 and paths.items.max() < 30
     log_p = log_probs(model, catalogue, history, paths.items)[0].sum(-1).detach()
@@ -1159,7 +1181,7 @@ def test_ablations_change_what_they_name():
     seen = [value()] + [value(**{name: new}) for name, new in [
         ("reward", "aug"), ("reward", "cf"), ("sampler", "random"), ("sampler", "none"),
         ("confidence", False), ("k", 2), ("lam", 0.1), ("loss", "db"), ("z", "scalar"), ("hardest", -3.0),
-        ("easiest", 3.0), ("scale", "softmax"), ("loss", "smooth"), ("loss", "distill")]]
+        ("easiest", 3.0), ("scale", "softmax"), ("loss", "smooth"), ("loss", "exact")]]
     assert len({round(x, 4) for x in seen}) == len(seen)
 
 
@@ -1593,8 +1615,9 @@ def test_own_codes_vectors_and_from_scratch(world, capsys):
     (["--precision", "fp16"], "fp16 needs a GPU"),
     (["--item-vectors", "none.npy"], "none.npy"), (["--device", "tpu"], "--device tpu is not auto")])
 def test_bad_settings_are_one_sentence(world, capsys, flags, words):
-    err = run(capsys, *flags, expect=1).err
-    assert words in err and err.startswith("error: ") and err.count("\n") == 1
+    *warnings, err = run(capsys, *flags, expect=1).err.splitlines()
+    assert words in err and err.startswith("error: ")
+    assert warnings == ["warning: nothing in this run depends on --sampler none"] * ("none" in flags)
 
 
 def test_settings_without_effect_are_named(world, capsys):
