@@ -12,7 +12,7 @@ where the probability of each path is its share of all reward:
     python gflowgr.py --loss tb                       a toy world, nothing to download
     python gflowgr.py --loss tb --dataset beauty      Amazon Beauty, all stages
 
-Beauty, --sft-epochs 20, test R@10, one run, n = 22,363: SASRec 0.0688, SFT 0.0584, then TB 0.0580 (README).
+Beauty, --sft-epochs 20, test R@10, one run, n = 22,363: SASRec 0.0687, SFT 0.0583, then TB 0.0584 (README).
 
 Shapes, everywhere:
     B  histories in a batch     T  items in a history      N  items in the catalogue     U  users
