@@ -652,7 +652,7 @@ class Paths(NamedTuple):
     items: Tensor       # (B, P)
     reward: Tensor      # (B, P) R
     weight: Tensor      # (B, P) w of Eq. 8
-    flow: Tensor | None         # (B, nodes) what SASRec's softmax has below each node of the trie
+    flow: Tensor | None         # (B, nodes) SASRec's softmax below each node of the trie; never 0
     log_old: Tensor | None      # (B, P) log p by the policy that drew them
     log_ref: Tensor | None      # (B, P) log p by the reference policy
     log_pf: Tensor | None = None    # (B, P, L) log P_F of each step, by the generator in training
@@ -732,7 +732,7 @@ class FineTuning:
         items, log_old, log_ref = target[:, None], None, None
         scored = source == "all" or "reward" in method.groups       # else the scores are dummies
         scores = self.sasrec.scores(history) if scored else items.float().expand(-1, n_items)
-        flow = catalogue.trie.flows(scores.softmax(1)) if source == "all" else None     # on a tree: exact
+        flow = catalogue.trie.flows(scores.softmax(1).clamp(min=1e-20)) if source == "all" else None
         if source in ("curriculum", "random"):
             pool = torch.randperm(n_items, device=target.device)[:cfg.pool]
             beta = cfg.easiest + progress * (cfg.hardest - cfg.easiest) if source == "curriculum" else 0.0
@@ -747,7 +747,7 @@ class FineTuning:
             memory = catalogue.read(self.reference, history)
             log_ref = path_log_probs(self.reference, catalogue, memory, items)[0].sum(-1)
         r_aug = (items == target[:, None]).float()
-        r_cs = collaborative_score(scores, items, cfg.scale) if scored else r_aug
+        r_cs = collaborative_score(scores, items, cfg.scale) if "reward" in method.groups else r_aug
         r_sim = shared_codes(catalogue.codes[items][..., :catalogue.semantic])
         weight = confidence(r_aug, r_cs) if cfg.confidence else torch.ones_like(r_cs)
         return Paths(items, reward(r_aug, r_cs, r_sim, cfg.reward), weight, flow, log_old, log_ref)

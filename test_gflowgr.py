@@ -918,6 +918,8 @@ def test_exact_asks_sasrec_for_its_probability_of_each_item():
     assert paths.items.tolist() == [[2], [4]] and not paths.flow.requires_grad
     leaf = small_catalogue(n_items=6).trie.path[:, -1]
     torch.testing.assert_close(paths.flow[:, leaf], teacher.values.detach().softmax(0).expand(2, -1))
+    sure = Scores([500.0, 0.0, 0.0, 0.0, 0.0, 0.0])     # the others' softmax is 0 in float32
+    assert (trajectories("exact", sure, history, torch.tensor([2, 4]), 0.5).flow > 0).all()
 
 
 def test_dpo_by_hand():
