@@ -316,7 +316,8 @@ def toy(seed: int = 42, n_users: int = 2000, n_items: int = 600, n_categories: i
 
 @dataclass
 class Examples:
-    """E pairs (history, target): the history of row e is items[start[e]:end[e]], its target items[end[e]].
+    """E histories and what follows them: the history of row e is items[start[e]:end[e]], its target
+    items[end[e]]; or, where `every` says so, the item after each item of the history is a target.
 
     The items lie on the device of the model. What names them stays on the CPU, which must know how long a
     batch's longest history is: asking a GPU for that at every step would make each step wait for it.
@@ -325,6 +326,7 @@ class Examples:
     start: torch.Tensor    # (E,)
     end: torch.Tensor      # (E,)
     user: torch.Tensor     # (E,)
+    every: bool = False
 
     def to(self, device) -> Examples:
         return dataclasses.replace(self, items=self.items.to(device))
@@ -332,19 +334,28 @@ class Examples:
     def __len__(self) -> int:
         return len(self.end)
 
-    def last_of_users(self) -> Examples:
-        """The last pair of each user alone."""
-        last = torch.nn.functional.pad(self.user.diff() != 0, (0, 1), value=True)
-        return Examples(self.items, self.start[last], self.end[last], self.user[last])
+    def targets(self) -> torch.Tensor:
+        """How many targets each row has: (E,)."""
+        return self.end - self.start if self.every else torch.ones_like(self.end)
+
+    def windows(self, length: int) -> Examples:
+        """The same targets, each once, in as few rows: every user's sequence cut, from its end on, into
+        windows of `length` items. Needs all pairs of each user, in order."""
+        count = torch.unique_consecutive(self.user, return_counts=True)[1]
+        behind = torch.repeat_interleave(count.cumsum(0), count) - 1 - torch.arange(len(self))
+        last = behind % length == 0
+        return Examples(self.items, self.start[last], self.end[last], self.user[last], every=True)
 
     def batch(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Histories (B, T), oldest first, padded on the right to the longest of them, and targets (B,)."""
-        start, end = self.start[rows], self.end[rows]
-        position = start[:, None] + torch.arange(int((end - start).max()))
-        position = torch.where(position < end[:, None], position, len(self.items) - 1)
-        position = torch.cat([position, end[:, None]], 1).to(self.items.device, non_blocking=True)
-        items = self.items[position]
-        return items[:, :-1], items[:, -1]
+        """Histories (B, T), oldest first, padded on the right to the longest of them, and targets (B,); or,
+        where every item has one, (B, T), padded alike."""
+        start, end = self.start[rows][:, None], self.end[rows][:, None]
+        position = start + torch.arange(int((end - start).max()))
+        real = position < end
+        following = torch.where(real, position + 1, len(self.items) - 1) if self.every else end
+        position = torch.cat([torch.where(real, position, len(self.items) - 1), following], 1)
+        items = self.items[position.to(self.items.device, non_blocking=True)]
+        return items[:, :real.shape[1]], items[:, real.shape[1]:] if self.every else items[:, -1]
 
 
 def split(data: Data, max_history: int = 20) -> dict[str, Examples]:
@@ -360,12 +371,17 @@ def split(data: Data, max_history: int = 20) -> dict[str, Examples]:
     return {part: Examples(items, start[part], end, user[end]) for part, end in ends.items()}
 
 
-def length_batches(lengths: torch.Tensor, batch: int, steps: int, seed: int) -> Iterator[torch.Tensor]:
-    """Rows (B,) of `steps` batches, each of histories of almost equal length, so that little is padded. Which
-    rows of a length go together, and in which order the batches come, changes every epoch."""
+def length_batches(lengths: torch.Tensor, batch: int, steps: int, seed: int,
+                   targets: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
+    """Rows (B,) of `steps` batches, each of histories of almost equal length, so that little is padded, and of
+    `batch` targets in all, of which each row has one or targets[row]. Which rows of a length go together, and
+    in which order the batches come, changes every epoch."""
     generator = torch.Generator().manual_seed(seed)
+    targets = torch.ones(len(lengths), dtype=torch.long) if targets is None else targets
     while steps > 0:
-        chunks = torch.argsort(lengths + torch.rand(len(lengths), generator=generator)).split(batch)
+        order = torch.argsort(lengths + torch.rand(len(lengths), generator=generator))
+        size = torch.bincount((targets[order].cumsum(0) - 1) // batch)
+        chunks = order.split(size[size > 0].tolist())
         for i in torch.randperm(len(chunks), generator=generator)[:steps].tolist():
             yield chunks[i]
         steps -= len(chunks)
@@ -603,9 +619,10 @@ class Step(torch.nn.Module):
         return self.loss_of(*batch)
 
 
-def data_parallel(model: torch.nn.Module, loss_of: Callable, partly: bool) -> Callable:
-    """loss_of(rows, progress), the mean over rows, such that each process computes its share of the rows and
-    the gradients are those of the whole batch, in all of them. partly: the loss may leave weights unused."""
+def data_parallel(model: torch.nn.Module, loss_of: Callable, targets: torch.Tensor, partly: bool) -> Callable:
+    """loss_of(rows, progress), the mean over targets, such that each process computes its share of the rows
+    and the gradients are those of the whole batch, in all of them. targets: how many each row has; partly: the
+    loss may leave weights unused."""
     rank, world = processes()
     if world == 1:
         return loss_of
@@ -616,7 +633,7 @@ def data_parallel(model: torch.nn.Module, loss_of: Callable, partly: bool) -> Ca
         if len(rows) < world:               # too few to share out: all do all of them
             return step(rows, progress)
         mine = rows[rank::world]
-        return step(mine, progress) * (len(mine) * world / len(rows))
+        return step(mine, progress) * (world * targets[mine].sum() / targets[rows].sum()).item()
 
     return share
 
@@ -718,14 +735,15 @@ class Run:
     def train(self, title: str, model: torch.nn.Module, recommend: Callable, loss: Callable, pairs: Examples,
               batch: int, steps: int, optimiser: torch.optim.Optimizer, journal: Journal, **options) -> dict:
         """Fit a recommender on pairs, choose its state on validation users, score all of these and, once, the
-        test users. recommend: histories (B, T) -> item ids (B, W), best first; loss(histories (B, T), targets
-        (B,), progress) -> scalar; the others: see `fit`."""
+        test users. recommend: histories (B, T) -> item ids (B, W), best first; loss(histories (B, T), targets,
+        progress) -> scalar; batch: targets of a step; the others: see `fit`."""
         def score(part: str, rows: torch.Tensor | None = None) -> tuple[torch.Tensor, dict]:
             items, target = self.recommended(model, recommend, part, rows)
             return items, self.metrics(items, target)
 
-        batches = length_batches(pairs.end - pairs.start, batch, steps, torch.initial_seed())   # the stage's
-        loss_of = data_parallel(model, lambda rows, progress: loss(*pairs.batch(rows), progress),
+        targets = pairs.targets()
+        batches = length_batches(pairs.end - pairs.start, batch, steps, torch.initial_seed(), targets)
+        loss_of = data_parallel(model, lambda rows, progress: loss(*pairs.batch(rows), progress), targets,
                                 partly=title != "sasrec")               # sft needs no flow head
         self.fit(model, title, loss_of, batches, steps, optimiser, journal, self.dtype, self.cfg.evaluations,
                  lambda: score("valid", self.valid_rows)[1], **options)
@@ -747,7 +765,7 @@ class Run:
 
     def folder(self, stage: str) -> Path:
         """Where a stage is kept. Of the files that settings name, the content counts, not the path."""
-        settings = {**self.settings(stage), "dataset": self.data.fingerprint, "format": 3}
+        settings = {**self.settings(stage), "dataset": self.data.fingerprint, "format": 4}
         for name in ("item_vectors", "codes"):
             if settings.get(name):
                 settings[name] = git_blob_id(Path(settings[name]).read_bytes())

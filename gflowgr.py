@@ -62,7 +62,7 @@ class Config(datasets.RunSettings):
     sasrec_heads: int = knob(2, "sasrec", "attention heads of SASRec [ours]")
     sasrec_dropout: float = knob(0.4, "sasrec", "dropout of SASRec [ours]", below=1)
     sasrec_length: int = knob(50, "sasrec", "last items of a user's sequence that SASRec trains on [ours]")
-    sasrec_batch: int = knob(128, "sasrec", "sequences in a SASRec batch [ours]")
+    sasrec_batch: int = knob(768, "sasrec", "targets in a SASRec batch [ours]")
     sasrec_lr: float = knob(1e-3, "sasrec", "peak learning rate of SASRec [ours]")
     sasrec_pool: int = knob(50_000, "sasrec", "items a step ranks; of a larger catalogue, a sample [ours]")
     sasrec_epochs: int = knob(30, "sasrec", "passes over the users' sequences [ours]")
@@ -73,9 +73,11 @@ class Config(datasets.RunSettings):
     layers: int = knob(3, "sft", "layers of the encoder, and of the decoder; TIGER has 4 [ours]")
     dropout: float = knob(0.1, "sft", "dropout of the generator [paper]", below=1)
     beam: int = knob(20, "sft", "beams of the constrained search, W [paper]")
-    batch: int = knob(256, "sft", "histories in a batch, B [ours]")
+    encoder: str = knob("causal", "sft", "an item of a history sees those before it [ours], or all [paper]",
+                        ("causal", "full"))
+    batch: int = knob(256, "sft", "targets in a batch [ours]")
     lr: float = knob(0.02, "sft", "peak rate of AdamW, relative to a weight's size [ours]")
-    sft_epochs: float = knob(10.0, "sft", "passes over the training pairs by SFT [ours]", low=0.001)
+    sft_epochs: float = knob(20.0, "sft", "passes over the training pairs by SFT [ours]", low=0.001)
     loss: str = knob("tb", "finetune", "fine-tuning method; sft goes on with SFT",
                      ("sft", "db", "tb", "dpo", "sdpo", "sprec", "ipa", "ppo", "grpo", "smooth", "exact"))
     from_scratch: bool = knob(False, "finetune", "fine-tune an untrained generator, for both trainings' time")
@@ -83,6 +85,8 @@ class Config(datasets.RunSettings):
     finetune_seed: int = knob(-1, "finetune", "seed of the fine-tuning alone; -1: the same as --seed", low=-1)
     finetune_lr: float = knob(0.003, "finetune", "peak rate of AdamW in the fine-tuning [ours]")
     lam: float = knob(0.01, "lambda", "lambda of Eq. 7, weight of what tb, db and ipa add [ours]")
+    share: float = knob(0.125, "share", "of a batch's histories that get paths beside the observed [ours]",
+                        low=0.001)
     pool: int = knob(512, "pool", "random items that unclicked ones are chosen from, per batch [ours]")
     reward: str = knob("aug,cf,sim", "reward", "parts of the reward [paper]",
                        ("aug,cf,sim", "aug,cf", "aug,sim", "cf,sim", "aug", "cf", "sim"))
@@ -248,24 +252,22 @@ class SASRec(nn.Module):
             x = block(x, src_mask=mask, is_causal=True)
         return self.norm(x)
 
-    def last(self, history: Tensor) -> tuple[Tensor, Tensor]:
-        """Index of each history's last item: (rows, columns), each (B,)."""
-        rows = torch.arange(len(history), device=history.device)
-        return rows, (history != self.item.padding_idx).sum(1) - 1
-
-    def scores(self, history: Tensor) -> Tensor:
-        """History (B, T) -> each item's score as the next one (B, N), float32: in bf16 the best would tie."""
-        state = self(history)[self.last(history)].float()
+    def scores(self, history: Tensor, ends: Tensor | None = None) -> Tensor:
+        """History (B, T) -> each item's score as the next one (B, N), float32: in bf16 the best would tie; or
+        (B * Q, N) for the histories that end with the item ends[q] already."""
+        if ends is None:
+            rows = torch.arange(len(history), device=history.device)
+            state = self(history)[rows, (history != self.item.padding_idx).sum(1) - 1].float()
+        else:
+            state = self(history)[:, ends].flatten(0, 1).float()
         with torch.autocast(state.device.type, enabled=False):
             return state @ self.item.weight[:-1].T
 
     def loss(self, history: Tensor, target: Tensor, pool: int) -> Tensor:
         """Cross-entropy of the next item over the whole catalogue, at every position -> scalar. [ours]: the
         original draws one negative per item; the full softmax is stronger. Of a catalogue of more than `pool`
-        items, that many random ones stand for the rest. history (B, T), target (B,)."""
-        following = torch.cat([history[:, 1:], torch.full_like(history[:, :1], self.item.padding_idx)], 1)
-        following[self.last(history)] = target
-        state, label, n_items = self(history).flatten(0, 1), following.flatten(), self.item.padding_idx
+        items, that many random ones stand for the rest. history, target (B, T)."""
+        state, label, n_items = self(history).flatten(0, 1), target.flatten(), self.item.padding_idx
         if pool >= n_items:
             logits = state @ self.item.weight[:-1].T                                # (B * T, N)
         else:
@@ -390,7 +392,7 @@ def relative_buckets(distance: Tensor, two_sided: bool, buckets=32, furthest=128
 class Memory(NamedTuple):
     """What the decoder knows of a batch of histories."""
     layers: list        # per decoder layer: keys and values, (B, H, M, d_kv) each
-    bias: Tensor        # (B, 1, 1, M): -inf where a history is padded
+    bias: Tensor        # (B, 1, Q, M): -inf where a history is padded, or goes on after its end number q
 
 
 class T5(nn.Module):
@@ -398,9 +400,10 @@ class T5(nn.Module):
     of level l. Each level has tokens of its own, so what comes next is a choice among C codes."""
 
     def __init__(self, levels: int, n_codes: int, d_model=128, heads=4, d_kv=32, d_ff=512, layers=3,
-                 dropout=0.1, temperature=1.0):
+                 dropout=0.1, temperature=1.0, causal=False):
         super().__init__()
         self.levels, self.n_codes, self.scale = levels, n_codes, d_model ** -0.5 / temperature
+        self.causal = causal        # an item of a history sees those before it, not those after it
         self.embedding = nn.Embedding(1 + levels * n_codes, d_model)
         self.dropout = Dropout(dropout)
         self.encoder, self.decoder = (nn.ModuleList(
@@ -420,21 +423,25 @@ class T5(nn.Module):
             x = x.to(torch.get_autocast_dtype(device))
         return self.dropout(x)
 
-    def encode(self, tokens: Tensor) -> Memory:
-        """Tokens (B, M) of histories, 0 where padded -> Memory. Runs once per history, whatever the paths."""
-        x, length = self.embed(tokens), tokens.shape[1]
-        mask = torch.zeros_like(tokens, dtype=x.dtype).masked_fill(tokens == 0, -torch.inf)[:, None, None]
-        position = torch.arange(length, device=tokens.device)
-        buckets = relative_buckets(position - position[:, None], True)
-        bias = self.encoder_bias(buckets).permute(2, 0, 1).to(x.dtype) + mask       # (B, H, M, M)
+    def encode(self, tokens: Tensor, ends: Tensor | None = None) -> Memory:
+        """Tokens (B, M) of histories, 0 where padded -> Memory. Runs once per history, whatever the paths; if
+        causal, also once for the Q histories that end with the item ends[q] already."""
+        x, position = self.embed(tokens), torch.arange(tokens.shape[1], device=tokens.device)
+        item, pad = position // self.levels, (tokens == 0)[:, None, None]           # pad: (B, 1, 1, M)
+        bias = self.encoder_bias(relative_buckets(position - position[:, None], True)).permute(2, 0, 1)
+        later = (item > item[:, None]) & self.causal
+        bias = bias.to(x.dtype).masked_fill(later | pad, -torch.inf)                # (B, H, M, M)
         for block in self.encoder:
             x, _ = block(x, bias)
-        x = self.dropout(self.encoder_norm(x))
-        return Memory([block.cross.keys_values(x) for block in self.decoder], mask)
+        x, ends = self.dropout(self.encoder_norm(x)), item[-1:] if ends is None else ends
+        hidden = (item > ends[:, None]) | pad                                       # (B, 1, Q, M)
+        return Memory([block.cross.keys_values(x) for block in self.decoder],
+                      torch.zeros_like(hidden, dtype=x.dtype).masked_fill(hidden, -torch.inf))
 
     def decode(self, tokens: Tensor, memory: Memory, past: list | None = None, depth: Tensor | None = None,
                apart: Tensor | bool = False) -> tuple[Tensor, list]:
-        """Tokens (B, P, S) of P paths per history, the very first being 0 -> states (B, P, S, d), the cache.
+        """Tokens (B, P, S) of P paths per history, P / Q after each of its Q ends, the very first token being
+        0 -> states (B, P, S, d), the cache.
         State l is s_l: it has read y_1 .. y_l and predicts y_{l+1}. After `past`, the cache of earlier steps,
         S counts new ones. If the S tokens are a tree: their depth (S,), and who may not see whom (S, S)."""
         steps = tokens.shape[2]
@@ -443,19 +450,22 @@ class T5(nn.Module):
         x, distance = self.embed(tokens).flatten(0, 1), depth - depth[-steps:, None]    # (B P, S, d), (S, S')
         bias = self.decoder_bias(relative_buckets(distance, False)).permute(2, 0, 1)
         bias, cache = bias.masked_fill((distance > 0) | apart, -torch.inf).to(x.dtype), []
+        seen = memory.bias.repeat_interleave(tokens[0].numel() // memory.bias.shape[2], 2)  # (B, 1, P * S, M)
         for i, block in enumerate(self.decoder):
-            x, present = block(x, bias, (*memory.layers[i], memory.bias), past[i] if past else None)
+            x, present = block(x, bias, (*memory.layers[i], seen), past[i] if past else None)
             cache.append(present)
         return self.dropout(self.decoder_norm(x)).view(*tokens.shape, -1), cache
 
     def decode_paths(self, tokens: Tensor, memory: Memory) -> Tensor:
-        """What `decode` gives for paths (B, P, S) that begin at one s_0, as a tree: s_0 is computed once."""
+        """What `decode` gives for P paths after each of B * Q ends, tokens (B * Q, P, S), that begin at one s_0,
+        as a tree: s_0 is computed once -> states (B * Q, P, S, d)."""
         (batch, paths, steps), device = tokens.shape, tokens.device
         depth = F.pad(torch.arange(1, steps, device=device).repeat(paths), (1, 0))
         path = F.pad(torch.arange(paths, device=device).repeat_interleave(steps - 1), (1, 0), value=-1)
         apart = (path != path[:, None]) & (path >= 0)
         tree = torch.cat([tokens[:, 0, :1], tokens[..., 1:].flatten(1)], 1)
-        state, _ = self.decode(tree[:, None], memory, None, depth, apart)         # (B, 1, 1 + P * (S - 1), d)
+        tree = tree.view(len(memory.bias), -1, tree.shape[1])                     # (B, Q, 1 + P * (S - 1))
+        state = self.decode(tree, memory, None, depth, apart)[0].flatten(0, 1)[:, None]
         after = state[:, 0, 1:].reshape(batch, paths, steps - 1, state.shape[-1])
         return torch.cat([state[..., :1, :].expand(-1, paths, -1, -1), after], 2)
 
@@ -526,14 +536,14 @@ class Catalogue(NamedTuple):
         tokens = 1 + codes + width * torch.arange(codes.shape[1], device=codes.device)
         return cls(codes, F.pad(tokens, (0, 0, 0, 1)), Trie(codes), semantic)
 
-    def read(self, model: T5, history: Tensor) -> Memory:
-        """Histories (B, T), read once by the generator's encoder."""
-        return model.encode(self.tokens[history].flatten(1))
+    def read(self, model: T5, history: Tensor, ends: Tensor | None = None) -> Memory:
+        """Histories (B, T), read once by the generator's encoder, whole or as far as the items `ends` (Q,)."""
+        return model.encode(self.tokens[history].flatten(1), ends)
 
 
 def path_log_probs(model: T5, catalogue: Catalogue, memory: Memory, items: Tensor, flow=None) -> tuple:
-    """How likely each step of the paths of items (B, P) is, after histories that the encoder has read ->
-    log_pf (B, P, L), [.., l] being log P_F(s_{l+1} | s_l); log_flow (B, P, L) of s_0 .. s_{L-1}; and log_mean
+    """How likely each step of the paths of items (B, P) is, after histories that the encoder has read (with Q
+    ends B counts all) -> log_pf (B, P, L), [.., l] being log P_F(s_{l+1} | s_l); log_flow (B, P, L) of s_0 .. s_{L-1}; and log_mean
     (B, P, L), the mean of log P_F over all steps that the trie allows in s_l, even or, of a flow (B, nodes),
     by where it goes from s_l (only the controls ask for it)."""
     state = model.decode_paths(F.pad(catalogue.tokens[items][..., :-1], (1, 0)), memory)
@@ -680,30 +690,32 @@ class Method(NamedTuple):
     groups: tuple           # of settings that it has
     cost: float             # time of its training step over SFT's, measured on two cores (README)
     objective: Callable     # (Paths, Config) -> (B,)
+    with_sft: bool = False  # is SFT's loss, of all targets, added?
 
 
 METHODS = {
     "sft": Method("none", lambda c: 0, (), 1.0, lambda y, c: sft(y.log_pf[:, 0])),
-    "db": Method("curriculum", lambda c: c.k, ("lambda", "pool", "reward", "gflownet"), 1.5,
-                 lambda y, c: sft(y.log_pf[:, 0]) + c.lam * y.balance(detailed_balance)),
-    "tb": Method("curriculum", lambda c: c.k, ("lambda", "pool", "reward", "gflownet"), 1.5,
-                 lambda y, c: sft(y.log_pf[:, 0]) + c.lam * y.balance(trajectory_balance)),
-    "dpo": Method("random", lambda c: 1, ("pool", "preference"), 1.3, lambda y, c: dpo(*y.margins(), c.beta)),
-    "sdpo": Method("random", lambda c: c.negatives, ("pool", "preference"), 1.5,
+    "db": Method("curriculum", lambda c: c.k, ("lambda", "pool", "share", "reward", "gflownet"), 1.5,
+                 lambda y, c: c.lam * y.balance(detailed_balance), with_sft=True),
+    "tb": Method("curriculum", lambda c: c.k, ("lambda", "pool", "share", "reward", "gflownet"), 1.5,
+                 lambda y, c: c.lam * y.balance(trajectory_balance), with_sft=True),
+    "dpo": Method("random", lambda c: 1, ("pool", "share", "preference"), 0.4,
+                  lambda y, c: dpo(*y.margins(), c.beta)),
+    "sdpo": Method("random", lambda c: c.negatives, ("pool", "share", "preference"), 0.5,
                    lambda y, c: dpo(*y.margins(), c.beta)),
-    "sprec": Method("draws", lambda c: 1, ("preference",), 1.3,     # left out: draws of the clicked item
+    "sprec": Method("draws", lambda c: 1, ("share", "preference"), 0.8,     # left out: draws of the clicked item
                     lambda y, c: (y.items[:, 0] != y.items[:, 1]) * dpo(*y.margins(), c.sprec_beta)),
-    "ipa": Method("beam", lambda c: c.beam, ("lambda", "reward", "preference"), 5.0, lambda y, c:
-                  sft(y.log_pf[:, 0]) + c.lam * ipa(y.margins()[1], y.reward[:, 1:], c.beta)),
-    "ppo": Method("draws", lambda c: c.group, ("reward", "policy"), 4.5,        # V(x): the flow head at s_0
+    "ipa": Method("beam", lambda c: c.beam, ("lambda", "share", "reward", "preference"), 3.6,
+                  lambda y, c: c.lam * ipa(y.margins()[1], y.reward[:, 1:], c.beta), with_sft=True),
+    "ppo": Method("draws", lambda c: c.group, ("share", "reward", "policy"), 2.4,   # V(x): the flow at s_0
                   lambda y, c: ppo(*y.drawn(), y.log_flow[:, 0, 0], c.clip, c.kl)),
-    "grpo": Method("draws", lambda c: c.group, ("reward", "policy"), 4.5,
+    "grpo": Method("draws", lambda c: c.group, ("share", "reward", "policy"), 2.4,
                    lambda y, c: grpo(*y.drawn(), c.clip, c.kl)),
     # Two controls that are none of the paper's: is it the balance that helps, or any spreading, any teacher?
     "smooth": Method("none", lambda c: 0, ("smoothing",), 1.0, lambda y, c: torch.lerp(
                      sft(y.log_pf[:, 0]), sft(y.log_mean[:, 0]), c.smoothing)),
 }
-METHODS["exact"] = METHODS["smooth"]._replace(source="all", cost=1.3)   # not evenly: where SASRec's flow goes
+METHODS["exact"] = METHODS["smooth"]._replace(source="all", cost=1.5)   # not evenly: where SASRec's flow goes
 
 
 class FineTuning:
@@ -724,49 +736,62 @@ class FineTuning:
             self.old.load_state_dict(self.model.state_dict())
 
     @torch.no_grad()
-    def trajectories(self, method: Method, history: Tensor, target: Tensor, progress: float) -> Paths:
-        """The observed items (B,) and those beside them, their reward, and what frozen policies say of them;
-        what a method has no use for is left empty. history (B, T), progress in [0, 1]."""
+    def trajectories(self, method: Method, history: Tensor, target: Tensor, progress: float,
+                     ends: Tensor | None = None) -> Paths:
+        """The observed items and those beside them, their reward, and what frozen policies say of them; what a
+        method has no use for is left empty. history (B, T), target (B,), progress in [0, 1]; or target (B * Q,),
+        what follows the items `ends` (Q,) of each history."""
         cfg, catalogue, n_items = self.cfg, self.catalogue, len(self.catalogue.codes)
         source, n = cfg.sampler if method.source == "curriculum" else method.source, method.paths(cfg)
         items, log_old, log_ref = target[:, None], None, None
         scored = source == "all" or "reward" in method.groups       # else the scores are dummies
-        scores = self.sasrec.scores(history) if scored else items.float().expand(-1, n_items)
+        scores = self.sasrec.scores(history, ends) if scored else items.float().expand(-1, n_items)
         flow = catalogue.trie.flows(scores.softmax(1).clamp(min=1e-20)) if source == "all" else None
         if source in ("curriculum", "random"):
             pool = torch.randperm(n_items, device=target.device)[:cfg.pool]
             beta = cfg.easiest + progress * (cfg.hardest - cfg.easiest) if source == "curriculum" else 0.0
-            clicked = torch.cat([history, items], 1)
+            clicked = torch.cat([history.repeat_interleave(len(items) // len(history), 0), items], 1)
             items = torch.cat([items, curriculum_sample(scores[:, pool], pool, clicked, n, beta)], 1)
         if source in ("beam", "draws"):
-            memory, draws = catalogue.read(self.old, history), source == "draws"
+            memory, draws = catalogue.read(self.old, history, ends), source == "draws"
             drawn = beam_search(self.old, catalogue, memory, n if draws else min(n, n_items), draws)[0]
             items = torch.cat([items, drawn], 1)
             log_ref = log_old = path_log_probs(self.old, catalogue, memory, items)[0].sum(-1)
         if source != "none" and self.reference is not self.old:
-            memory = catalogue.read(self.reference, history)
+            memory = catalogue.read(self.reference, history, ends)
             log_ref = path_log_probs(self.reference, catalogue, memory, items)[0].sum(-1)
-        r_aug = (items == target[:, None]).float()
+        r_aug = (items == items[:, :1]).float()
         r_cs = collaborative_score(scores, items, cfg.scale) if "reward" in method.groups else r_aug
         r_sim = shared_codes(catalogue.codes[items][..., :catalogue.semantic])
         weight = confidence(r_aug, r_cs) if cfg.confidence else torch.ones_like(r_cs)
         return Paths(items, reward(r_aug, r_cs, r_sim, cfg.reward), weight, flow, log_old, log_ref)
 
-    def loss(self, history: Tensor, target: Tensor, progress: float) -> Tensor:
-        """The method's loss, its mean over B -> scalar; Eq. 7 for tb and db. Gradients reach the model alone.
-        history (B, T), target (B,), progress in [0, 1]."""
-        model, cfg = self.model, self.cfg
-        first_half = -progress * cfg.iterations % 1 >= 0.5  # of an iteration of sprec: SFT; the other: DPO
-        method = METHODS["sft" if cfg.loss == "sprec" and first_half else cfg.loss]
-        paths = self.trajectories(method, history, target, progress)
-        if paths.log_ref is not None:
-            model.eval()        # without dropout: the ratio of two policies must not be its noise
-        memory = self.catalogue.read(model, history)
-        log_pf, log_flow, log_mean = path_log_probs(model, self.catalogue, memory, paths.items, paths.flow)
-        if "gflownet" in method.groups and cfg.z == "scalar":
+    def on_paths(self, method: Method, history: Tensor, target: Tensor, progress: float) -> Tensor:
+        """A method's objective, its mean over the targets that are none of the padding; see `loss`."""
+        real, model, catalogue = (target < len(self.catalogue.codes)).flatten(), self.model, self.catalogue
+        ends = torch.arange(target.shape[1], device=target.device) if target.dim() == 2 else None
+        paths = self.trajectories(method, history, target.flatten() * real, progress, ends)
+        memory = catalogue.read(model, history, ends)
+        log_pf, log_flow, log_mean = path_log_probs(model, catalogue, memory, paths.items, paths.flow)
+        if "gflownet" in method.groups and self.cfg.z == "scalar":
             log_flow = torch.cat([(10 * model.scalar_z).expand_as(log_flow[..., :1]), log_flow[..., 1:]], -1)
         paths = paths._replace(log_pf=log_pf, log_flow=log_flow, log_mean=log_mean)
-        return method.objective(paths, cfg).mean()
+        return (method.objective(paths, self.cfg) * real).sum() / real.sum()
+
+    def loss(self, history: Tensor, target: Tensor, progress: float) -> Tensor:
+        """The method's loss, its mean over targets -> scalar; Eq. 7 for tb and db. Gradients reach the model
+        alone. history (B, T), progress in [0, 1], target (B,); or, of a causal encoder, (B, T): the item after
+        each item, N where padded. [ours]: a random share of the histories gets paths beside the observed."""
+        cfg, n = self.cfg, len(history)
+        first_half = -progress * cfg.iterations % 1 >= 0.5  # of an iteration of sprec: SFT; the other: DPO
+        method = METHODS["sft" if cfg.loss == "sprec" and first_half else cfg.loss]
+        if self.reference is not None and method.source != "none":
+            self.model.eval()       # without dropout: the ratio of two policies must not be its noise
+        loss = self.on_paths(METHODS["sft"], history, target, progress) if method.with_sft else 0.0
+        if "share" in method.groups:
+            some = torch.randperm(n, device=history.device)[:math.ceil(cfg.share * n)]
+            history, target = history[some], target[some]
+        return loss + self.on_paths(method, history, target, progress)
 
 
 # ============================================================================================= 9. training
@@ -812,18 +837,20 @@ def beam_search(model: T5, catalogue: Catalogue, memory: Memory, beam: int,
                 draws: bool = False) -> tuple[Tensor, Tensor]:
     """The most likely items (B, W) that W beams find after histories that the encoder has read, best first,
     and their log p; or W independent draws. All users and all beams step together along the trie, so each
-    ends at an item; where the catalogue has fewer items than beams, the rest of the row is N with -inf."""
-    trie, users = catalogue.trie, torch.arange(len(memory.bias), device=memory.bias.device)[:, None]
+    ends at an item; where the catalogue has fewer items than beams, the rest of the row is N with -inf. Of
+    histories with Q ends B counts all."""
+    trie, (rows, _, n_ends, _), device = catalogue.trie, memory.bias.shape, memory.bias.device
+    users = torch.arange(rows * n_ends, device=device)[:, None]
     token = node = torch.zeros_like(users).expand(-1, beam if draws else 1)
-    score, past = torch.zeros(token.shape, device=users.device), None
+    score, past = torch.zeros(token.shape, device=device), None
     for level in range(model.levels):
-        state, past = model.decode(token[..., None], memory, past)
-        logits = model.code_logits(state[..., 0, :], level)
+        state, past = model.decode(token.reshape(rows, -1, 1), memory, past)
+        logits = model.code_logits(state.view(*token.shape, -1), level)
         child, log_probs = trie.log_probs(logits, node, level)                      # (B, W, width)
         total, width = (score[..., None] + log_probs).flatten(1), child.shape[-1]
         if draws:                           # the argmax of log p + Gumbel noise is a draw from p
             noise = -torch.empty_like(log_probs).exponential_().log()
-            best = (log_probs + noise).argmax(-1) + width * torch.arange(beam, device=users.device)
+            best = (log_probs + noise).argmax(-1) + width * torch.arange(beam, device=device)
         else:
             best = total.topk(min(beam, total.shape[1])).indices
         score = total.gather(1, best)
@@ -922,8 +949,8 @@ def train_sasrec(run: Run) -> SASRec:
                    length).to(run.device)
 
     def build(journal: Journal) -> dict:
-        pairs = datasets.split(run.data, length)["train"].to(run.device).last_of_users()
-        steps = cfg.sasrec_epochs * math.ceil(len(pairs) / cfg.sasrec_batch)
+        pairs = datasets.split(run.data, length)["train"].to(run.device).windows(length)
+        steps = cfg.sasrec_epochs * math.ceil(int(pairs.targets().sum()) / cfg.sasrec_batch)
         optimiser = torch.optim.AdamW(model.parameters(), cfg.sasrec_lr, weight_decay=cfg.weight_decay,
                                       fused=True)
         return run.train("sasrec", model, lambda history: datasets.top(model.scores(history), 20),
@@ -936,7 +963,8 @@ def train_sasrec(run: Run) -> SASRec:
 def generator(cfg: Config, catalogue: Catalogue) -> T5:
     """An untrained generator of the size that the settings name."""
     return T5(catalogue.codes.shape[1], int(catalogue.codes.max()) + 1, cfg.d_model, cfg.heads, cfg.d_kv,
-              cfg.d_ff, cfg.layers, cfg.dropout, cfg.temperature if cfg.backbone == "letter" else 1.0)
+              cfg.d_ff, cfg.layers, cfg.dropout, cfg.temperature if cfg.backbone == "letter" else 1.0,
+              cfg.encoder == "causal")
 
 
 def train_generator(run: Run, stage: str, catalogue: Catalogue, sasrec: SASRec, initial: dict) -> T5:
@@ -947,10 +975,13 @@ def train_generator(run: Run, stage: str, catalogue: Catalogue, sasrec: SASRec, 
 
     def build(journal: Journal) -> dict:
         pairs = run.parts["train"]
+        n_pairs = len(pairs)
+        if cfg.encoder == "causal":
+            pairs = pairs.windows(cfg.max_history)
         epochs = cfg.finetune_epochs * (stage == "finetune") + cfg.sft_epochs * cfg.from_scratch
         if not cfg.from_scratch:
             datasets.load_state(model, initial, run.folder("sft"))
-        steps = max(1, round(epochs * math.ceil(len(pairs) / cfg.batch) / METHODS[cfg.loss].cost))
+        steps = max(1, round(epochs * math.ceil(n_pairs / cfg.batch) / METHODS[cfg.loss].cost))
         tuning = FineTuning(model, sasrec, catalogue, cfg)
         lr = cfg.lr if cfg.from_scratch else cfg.finetune_lr
         optimiser = datasets.relative_adamw(model, lr, cfg.weight_decay)

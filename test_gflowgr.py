@@ -287,6 +287,25 @@ def test_every_training_pair_of_a_world_once():
     assert found == expected
 
 
+def test_windows_hold_every_training_target_once_after_what_came_before_it():
+    data = small_world()
+    pairs = datasets.split(data, 4)["train"]
+    windows, found = pairs.windows(4), []
+    history, target = windows.batch(torch.arange(len(windows)))
+    assert history.shape == target.shape == (len(windows), 4) and len(windows) < 0.5 * len(pairs)
+    assert torch.equal(history < data.n_items, target < data.n_items)               # padded alike
+    assert windows.targets().tolist() == (target < data.n_items).sum(1).tolist()
+    for user, items, following in zip(windows.user.tolist(), history.tolist(), target.tolist()):
+        n = sum(item < data.n_items for item in items)
+        assert items[1:n] == following[:n - 1]
+        found += [(user, following[i], items[i]) for i in range(n)]
+    expected = [(user, int(pairs.items[end]), int(pairs.items[end - 1]))
+                for user, end in zip(pairs.user.tolist(), pairs.end.tolist())]
+    assert sorted(found) == sorted(expected)
+    ends = {user: int(pairs.end[pairs.user == user].max()) for user in pairs.user.tolist()}
+    assert all((ends[user] - end) % 4 == 0 for user, end in zip(windows.user.tolist(), windows.end.tolist()))
+
+
 def test_text_vectors_are_the_best_low_rank_tfidf():
     texts = ["red shoe", "red shoe", "blue shoe small", "blue hat", "", "hat small hat"]
     words = ["blue", "hat", "red", "shoe", "small"]        # each of two items or more
@@ -558,19 +577,23 @@ def test_sasrec_is_causal_and_blind_to_padding():
     assert (model(history)[:, 3] - model(changed)[:, 3]).abs().max() > 1e-3
     padded = F.pad(history, (0, 2), value=30)
     torch.testing.assert_close(model.scores(padded), model.scores(history))
+    ended = model.scores(history, torch.tensor([3, 1])).view(4, 2, 30)              # two ends of each history
+    torch.testing.assert_close(ended[:, 0], model.scores(history[:, :4]))
+    torch.testing.assert_close(ended[:, 1], model.scores(history[:, :2]))
     assert model.scores(history).shape == (4, 30)
 
 
 def test_sasrec_loss_is_the_cross_entropy_of_every_next_item():
     model = small_sasrec()
-    history, target = torch.tensor([[3, 4, 5], [6, 30, 30]]), torch.tensor([7, 8])
+    history, target = torch.tensor([[3, 4, 5], [6, 30, 30]]), torch.tensor([[4, 5, 7], [8, 30, 30]])
     cases = [([3], 4), ([3, 4], 5), ([3, 4, 5], 7), ([6], 8)]
     losses = [-model.scores(torch.tensor([h])).log_softmax(1)[0, y] for h, y in cases]
     torch.testing.assert_close(model.loss(history, target, 30), torch.stack(losses).mean())
 
 
 def test_sasrec_ranks_a_sample_of_a_large_catalogue(monkeypatch):
-    model, history, target = small_sasrec(), torch.tensor([[3, 4, 5], [6, 30, 30]]), torch.tensor([7, 8])
+    model, history = small_sasrec(), torch.tensor([[3, 4, 5], [6, 30, 30]])
+    target = torch.tensor([[4, 5, 7], [8, 30, 30]])
     sample = torch.tensor([4, 9, 9, 12, 7])
     monkeypatch.setattr(torch, "randint", lambda high, size, device: sample)
     losses = []
@@ -642,6 +665,44 @@ def test_memory_is_blind_to_padding_and_paths_to_each_other():
         alone, flow = log_probs(model, catalogue, history, items[:, path:path + 1])
         torch.testing.assert_close(alone[:, 0], log_pf[:, path], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(flow[:, 0], log_flow[:, path], atol=1e-5, rtol=1e-5)
+
+
+def rows_of_histories():
+    """Histories (3, 5) of 5, 3 and 2 items, and the item after each of their items."""
+    history, last = torch.randint(30, (3, 5)), torch.randint(30, (3, 1))
+    target = torch.cat([history[:, 1:], last], 1)
+    for row, n in enumerate((5, 3, 2)):
+        history[row, n:], target[row, n:], target[row, n - 1] = 30, 30, last[row, 0]
+    return history, target
+
+
+@pytest.mark.parametrize("loss", ["sft", "tb", "db", "smooth", "exact"])
+def test_a_causal_encoder_reads_all_histories_of_a_row_at_once(loss):
+    catalogue, (history, target) = small_catalogue(), rows_of_histories()
+    model, cfg = small_generator(catalogue, causal=True), g.Config(loss=loss, sampler="none", share=1.0, lam=0.5)
+    tuning = g.FineTuning(model, small_sasrec(), catalogue, cfg)
+    alone = [tuning.loss(history[row:row + 1, :n + 1], target[row:row + 1, n], 0.5)
+             for row in range(3) for n in range(5) if target[row, n] < 30]
+    together = tuning.loss(history, target, 0.5)
+    torch.testing.assert_close(together, torch.stack(alone).mean())
+    of = [torch.autograd.grad(value, model.embedding.weight)[0] for value in (together, sum(alone) / 10)]
+    torch.testing.assert_close(*of)
+
+
+def test_a_causal_encoder_draws_and_searches_after_each_end_of_a_row():
+    catalogue, history = small_catalogue(), torch.randint(30, (3, 5))
+    model, ends = small_generator(catalogue, causal=True), torch.tensor([4, 1, 0])
+    items, score = g.beam_search(model, catalogue, catalogue.read(model, history, ends), 6)
+    for number, end in enumerate(ends.tolist()):
+        alone = F.pad(history[:, :end + 1], (0, 2), value=30)
+        expected = g.beam_search(model, catalogue, catalogue.read(model, alone), 6)
+        assert torch.equal(items.view(3, 3, 6)[:, number], expected[0])
+        torch.testing.assert_close(score.view(3, 3, 6)[:, number], expected[1])
+    for loss in ("ipa", "grpo", "sprec"):
+        tuning = g.FineTuning(model, small_sasrec(), catalogue, g.Config(loss=loss, beam=4, group=4))
+        paths = tuning.trajectories(g.METHODS[loss], history, torch.arange(9), 1.0, ends)
+        log_p = g.path_log_probs(model, catalogue, catalogue.read(model, history, ends), paths.items)[0].sum(-1)
+        torch.testing.assert_close(paths.log_old, log_p.detach())
 
 
 def test_decoder_is_causal_and_its_cache_changes_nothing():
@@ -766,7 +827,7 @@ class Scores(torch.nn.Module):
         super().__init__()
         self.values = torch.nn.Parameter(torch.tensor(values))
 
-    def scores(self, history):
+    def scores(self, history, ends=None):
         return self.values.expand(len(history), -1)
 
 
@@ -1053,7 +1114,7 @@ def test_a_setting_that_a_method_does_not_name_changes_nothing(loss):
             weight.data += 0.1 * torch.randn_like(weight)
         return tuning.loss(history, target, 0.95).item()
 
-    others = dict(lam=0.9, pool=11, reward="cf", scale="softmax", k=2, sampler="random", easiest=1.0,
+    others = dict(lam=0.9, pool=11, share=0.5, reward="cf", scale="softmax", k=2, sampler="random", easiest=1.0,
                   hardest=9.0, confidence=False, z="scalar", smoothing=0.4, beta=0.3, negatives=2,
                   sprec_beta=0.7, group=7, clip=0.01, kl=0.5)
     groups, usual, felt = g.METHODS[loss].groups, value(), set()
@@ -1130,7 +1191,7 @@ def test_a_policy_that_draws_follows_every_eight_steps_and_the_reference_stays()
 
 def method_setting(**changes):
     catalogue = small_catalogue()
-    cfg = g.Config(**{**dict(loss="tb", k=3, pool=30, lam=0.5), **changes})
+    cfg = g.Config(**{**dict(loss="tb", k=3, pool=30, lam=0.5, share=1.0), **changes})
     history, target = torch.randint(30, (4, 5)), torch.randint(30, (4,))
     return small_generator(catalogue), small_sasrec(), catalogue, cfg, history, target
 
@@ -1153,6 +1214,8 @@ def test_method_loss_is_equation_7(loss, balance):
     torch.manual_seed(5)
     value = loss_of(model, sasrec, catalogue, cfg, history, target, 0.3)
     torch.manual_seed(5)
+    some = torch.randperm(4)                            # in this order the histories get their paths
+    history, target = history[some], target[some]
     tuning = g.FineTuning(model, sasrec, catalogue, cfg)
     items = tuning.trajectories(g.METHODS[loss], history, target, 0.3).items
     with torch.no_grad():
@@ -1214,6 +1277,9 @@ def test_batches_hold_every_row_once_an_epoch_and_alike_lengths():
     for epoch in range(3):
         rows = torch.cat(batches[7 * epoch:7 * epoch + 7])
         assert sorted(rows.tolist()) == list(range(100))
+    several = list(datasets.length_batches(lengths, 16, 21, 0, lengths))    # as many targets as items
+    assert all(lengths[rows].sum() <= 20 for rows in several)
+    assert len(torch.cat(several).unique()) == 100 and sum(12 <= lengths[rows].sum() for rows in several) >= 20
     mixed = sum(len(lengths[rows].unique()) > 1 for rows in batches[:7])
     assert mixed <= 4 and [b.tolist() for b in batches[:7]] != [b.tolist() for b in batches[7:14]]
     again, other = (list(datasets.length_batches(lengths, 16, 21, seed)) for seed in (0, 1))
