@@ -30,6 +30,7 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -338,6 +339,11 @@ class Examples:
         """How many targets each row has: (E,)."""
         return self.end - self.start if self.every else torch.ones_like(self.end)
 
+    @property
+    def n_targets(self) -> int:
+        """How many targets there are."""
+        return int(self.targets().sum())
+
     def windows(self, length: int) -> Examples:
         """The same targets, each once, in as few rows: every user's sequence cut, from its end on, into
         windows of `length` items. Needs all pairs of each user, in order."""
@@ -373,9 +379,9 @@ def split(data: Data, max_history: int = 20) -> dict[str, Examples]:
 
 def length_batches(lengths: torch.Tensor, batch: int, steps: int, seed: int,
                    targets: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
-    """Rows (B,) of `steps` batches, each of histories of almost equal length, so that little is padded, and of
-    `batch` targets in all, of which each row has one or targets[row]. Which rows of a length go together, and
-    in which order the batches come, changes every epoch."""
+    """Rows (B,) of `steps` batches, each of histories of almost equal length, so that little is padded, and
+    of `batch` targets, of which each row has one or targets[row]. Which rows of a length go together, and in
+    which order the batches come, changes every epoch."""
     generator = torch.Generator().manual_seed(seed)
     targets = torch.ones(len(lengths), dtype=torch.long) if targets is None else targets
     while steps > 0:
@@ -442,6 +448,19 @@ def principal_vectors(x: torch.Tensor, dim: int) -> torch.Tensor:
     left, scale, _ = torch.linalg.svd((x - x.mean(0)).float(), full_matrices=False)
     x = torch.nn.functional.pad(left * scale, (0, max(0, dim - left.shape[1])))[:, :dim]
     return x / x.square().mean().sqrt().clamp(min=1e-12)
+
+
+def balanced_clusters(points: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """Clusters (m,) of points (m, d) around centres (n, d), none of more than ceil(m / n) points: the nearest
+    pair of a point and a centre with room left goes first."""
+    n = len(centres)
+    room, cluster = [math.ceil(len(points) / n)] * n, [-1] * len(points)
+    for pair in torch.cdist(points, centres).flatten().argsort(stable=True).tolist():
+        point, centre = divmod(pair, n)
+        if cluster[point] < 0 < room[centre]:
+            cluster[point] = centre
+            room[centre] -= 1
+    return torch.tensor(cluster, device=points.device)
 
 
 def item_vectors(cfg, data: Data) -> torch.Tensor:
@@ -621,8 +640,8 @@ class Step(torch.nn.Module):
 
 def data_parallel(model: torch.nn.Module, loss_of: Callable, targets: torch.Tensor, partly: bool) -> Callable:
     """loss_of(rows, progress), the mean over targets, such that each process computes its share of the rows
-    and the gradients are those of the whole batch, in all of them. targets: how many each row has; partly: the
-    loss may leave weights unused."""
+    and the gradients are those of the whole batch, in all of them. targets: how many each row has; partly:
+    the loss may leave weights unused."""
     rank, world = processes()
     if world == 1:
         return loss_of
@@ -670,8 +689,10 @@ class Run:
             of_the_first(None)
         if data.offsets.diff().max() < 4:
             raise DataError(f"{data.name}: no user has the 4 interactions that a training pair needs")
-        self.check_files()
+        self.check_settings()
         self.parts = {part: pairs.to(self.device) for part, pairs in split(data, cfg.max_history).items()}
+        if cfg.encoder == "causal":
+            self.parts["train"] = self.parts["train"].windows(cfg.max_history)
         order = torch.randperm(data.n_users, generator=torch.Generator().manual_seed(cfg.seed))
         self.valid_rows = order[:cfg.valid_users].sort().values
         self.needs, self.fit, self.metrics, self.results = needs, fit, metrics, {}
@@ -692,12 +713,16 @@ class Run:
         """The line that a run begins with."""
         cfg, data, world = self.cfg, self.data, processes()[1]
         own = f" ({cfg.finetune_seed} for the fine-tuning)" if cfg.finetune_seed >= 0 else ""
-        return (f"{data.name}: {data.n_users:,} users, {data.n_items:,} items, {len(self.parts['train']):,} "
-                f"training pairs; {f'{world} processes, ' if world > 1 else ''}{self.device}, "
+        pairs = self.parts["train"].n_targets
+        return (f"{data.name}: {data.n_users:,} users, {data.n_items:,} items, {pairs:,} training pairs; "
+                f"{f'{world} processes, ' if world > 1 else ''}{self.device}, "
                 f"{cfg.precision}, seed {cfg.seed}{own}")
 
-    def check_files(self) -> None:
-        """Raises the DataError of a bad --codes or --item-vectors before anything is trained."""
+    def check_settings(self) -> None:
+        """Raises the DataError of bad --codes, --item-vectors, --sasrec-heads, before anything is trained."""
+        if self.cfg.sasrec_dim % self.cfg.sasrec_heads:
+            raise DataError(f"--sasrec-dim {self.cfg.sasrec_dim} is no multiple of --sasrec-heads "
+                            f"{self.cfg.sasrec_heads}")
         if self.cfg.codes:
             read_codes(Path(self.cfg.codes), self.data.n_items)
         elif self.cfg.item_vectors:
@@ -735,8 +760,8 @@ class Run:
     def train(self, title: str, model: torch.nn.Module, recommend: Callable, loss: Callable, pairs: Examples,
               batch: int, steps: int, optimiser: torch.optim.Optimizer, journal: Journal, **options) -> dict:
         """Fit a recommender on pairs, choose its state on validation users, score all of these and, once, the
-        test users. recommend: histories (B, T) -> item ids (B, W), best first; loss(histories (B, T), targets,
-        progress) -> scalar; batch: targets of a step; the others: see `fit`."""
+        test users. recommend: histories (B, T) -> item ids (B, W), best first; loss(histories (B, T),
+        targets, progress) -> scalar; batch: targets of a step; the others: see `fit`."""
         def score(part: str, rows: torch.Tensor | None = None) -> tuple[torch.Tensor, dict]:
             items, target = self.recommended(model, recommend, part, rows)
             return items, self.metrics(items, target)
@@ -956,9 +981,9 @@ def read_kept(path: Path) -> dict | None:
 
 
 def read_generator(folder: Path, settings: type, history: list[int], k: int) -> tuple:
-    """A finished generator of a run's folder: its settings, and what was kept of it. Raises DataError, too
-    where k items after a history are more than its catalogue can answer."""
-    folder = Path(folder)
+    """A finished generator of a run's folder: its settings, what was kept of it, and the history as a list.
+    Raises DataError, too where k items after a history are more than its catalogue can answer."""
+    folder, history = Path(folder), history.tolist() if hasattr(history, "tolist") else history     # an array
     path = folder / "checkpoint.pt"
     result = read_checkpoint(path)
     if not {"codes", "state"} <= result.keys():
@@ -968,7 +993,7 @@ def read_generator(folder: Path, settings: type, history: list[int], k: int) -> 
     if not history or not set(history) <= set(range(n_items)) or not 1 <= k <= n_items:
         raise DataError(f"a history needs item ids of 0 to {n_items - 1}, and k must be 1 to {n_items}")
     names = {f.name for f in dataclasses.fields(settings)}
-    return settings(**{name: value for name, value in config.items() if name in names}), result
+    return settings(**{name: value for name, value in config.items() if name in names}), result, history
 
 
 def load_state(model: torch.nn.Module, state: dict, folder: Path) -> torch.nn.Module:
@@ -1054,11 +1079,11 @@ class Progress(contextlib.ExitStack):
                                            disable=quiet(), leave=False))
         return (found["step"], found["best"], found["best_score"]) if found else (0, None, -1.0)
 
-    def done(self, step: int, rows: int, loss: torch.Tensor, metrics: dict, best: tuple) -> None:
-        """After a step of so many rows: its loss and, where the model was validated, its metrics; best: the
-        best state so far and its score. Raises DataError where the loss is not finite, and Stopped."""
+    def done(self, step: int, loss: torch.Tensor, metrics: dict, best: tuple) -> None:
+        """After a step: its loss and, where the model was validated, its metrics; best: the best state so far
+        and its score. Raises DataError where the loss is not finite, and Stopped."""
         if step % 50 == 0 or metrics or step == self.steps:     # not always: it waits for the device
-            self.report(step, rows, average(loss), metrics)
+            self.report(step, average(loss), metrics)
         number = of_any(max(self.signals, default=0))       # all processes stop after the same step
         if step == self.steps or number or self.journal.due():
             self.save(step, loss, best)
@@ -1085,7 +1110,7 @@ class Progress(contextlib.ExitStack):
         raise DataError(f"{self.title}: {what} at step {step:,} of {self.steps:,}; lower the rates or "
                         f"weights of this training ({place})")
 
-    def report(self, step: int, rows: int, loss: float, metrics: dict) -> None:
+    def report(self, step: int, loss: float, metrics: dict) -> None:
         """Note it, and show it on the bar or, where there is none, in a line."""
         if not np.isfinite(loss):
             self.refuse(step, loss)
@@ -1101,8 +1126,7 @@ class Progress(contextlib.ExitStack):
                 print(f"  {self.title} step {step:,} of {self.steps:,}: loss {loss:.3f}, "
                       f"valid N@10 {metrics['N@10']:.4f}, about {left} left", flush=True)
         after = {"with the next": left} if self.journal.afterwards else {}
-        self.bar.set_postfix({"loss": f"{loss:.3f}", "rows/s": f"{rows / pace:,.0f}", **self.best,
-                              **self.latest, **after})
+        self.bar.set_postfix({"loss": f"{loss:.3f}", **self.best, **self.latest, **after})
 
 
 # ----------------------------------------------------------------------------------------- results to read

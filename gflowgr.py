@@ -18,6 +18,7 @@ Shapes, everywhere:
     B  histories in a batch     T  items in a history      N  items in the catalogue     U  users
     P  paths per history: 1 observed + K augmented         L  codes per item             C  codes per level
     W  beams                    d  width of a vector       H  attention heads            M  memory's tokens
+    Q  histories that a row of a batch is read as: the whole of it, or each of its beginnings
 The id N pads short histories. A trajectory y = (y_1 .. y_L) walks s_0 -> s_1 -> .. -> s_L down a tree: every
 state has one parent, so log P_B = 0, and P_F(s_l | s_{l-1}) is the generator's p(y_l | x, y_<l).
 """
@@ -73,8 +74,7 @@ class Config(datasets.RunSettings):
     layers: int = knob(3, "sft", "layers of the encoder, and of the decoder; TIGER has 4 [ours]")
     dropout: float = knob(0.1, "sft", "dropout of the generator [paper]", below=1)
     beam: int = knob(20, "sft", "beams of the constrained search, W [paper]")
-    encoder: str = knob("causal", "sft", "an item of a history sees those before it [ours], or all [paper]",
-                        ("causal", "full"))
+    encoder: str = knob("causal", "sft", "items see those before [ours], or all [paper]", ("causal", "full"))
     batch: int = knob(256, "sft", "targets in a batch [ours]")
     lr: float = knob(0.02, "sft", "peak rate of AdamW, relative to a weight's size [ours]")
     sft_epochs: float = knob(20.0, "sft", "passes over the training pairs by SFT [ours]", low=0.001)
@@ -85,8 +85,7 @@ class Config(datasets.RunSettings):
     finetune_seed: int = knob(-1, "finetune", "seed of the fine-tuning alone; -1: the same as --seed", low=-1)
     finetune_lr: float = knob(0.003, "finetune", "peak rate of AdamW in the fine-tuning [ours]")
     lam: float = knob(0.01, "lambda", "lambda of Eq. 7, weight of what tb, db and ipa add [ours]")
-    share: float = knob(0.125, "share", "of a batch's histories that get paths beside the observed [ours]",
-                        low=0.001)
+    share: float = knob(0.125, "share", "of a batch's rows: get paths beside the observed [ours]", low=1e-3)
     pool: int = knob(512, "pool", "random items that unclicked ones are chosen from, per batch [ours]")
     reward: str = knob("aug,cf,sim", "reward", "parts of the reward [paper]",
                        ("aug,cf,sim", "aug,cf", "aug,sim", "cf,sim", "aug", "cf", "sim"))
@@ -186,28 +185,14 @@ class RQVAE(nn.Module):
         return F.mse_loss(self.decoder(quantised.value), x) + quantised.loss, quantised
 
 
-def balanced_clusters(points: Tensor, n: int = 10) -> Tensor:
-    """k-means clusters of points (m, d), none with more than ceil(m / n) of them: (m,) int64. The nearest
-    pair of a point and a centre with room left goes first."""
-    n = min(n, len(points))
-    room, cluster = [math.ceil(len(points) / n)] * n, [-1] * len(points)
-    for pair in torch.cdist(points, kmeans(points, n)).flatten().argsort(stable=True).tolist():
-        point, centre = divmod(pair, n)
-        if cluster[point] < 0 < room[centre]:
-            cluster[point] = centre
-            room[centre] -= 1
-    return torch.tensor(cluster, device=points.device)
-
-
 def alignment_loss(value: Tensor, collaborative: Tensor) -> Tensor:
-    """LETTER's collaborative alignment: each quantised item (B, d) must find its own among the batch's frozen
-    collaborative vectors (B, d) by dot product -> scalar."""
+    """LETTER's alignment: each quantised item (B, d) must find its own frozen vector (B, d) -> scalar."""
     return F.cross_entropy(value @ collaborative.detach().T, torch.arange(len(value), device=value.device))
 
 
 def even_codes_loss(codebook: Tensor, cluster: Tensor, codes: Tensor) -> Tensor:
     """LETTER's diversity: pulls each chosen code to a random one of its cluster and pushes it off all others,
-    so that codes lie evenly and are used evenly -> scalar. codebook (C, d), cluster (C,), codes (B,)."""
+    so that codes are used evenly -> scalar. codebook (C, d), cluster (C,), codes (B,)."""
     own = F.one_hot(codes, len(codebook)).bool()                                    # (B, C)
     partner = (cluster[codes][:, None] == cluster) & ~own
     label = torch.rand(own.shape, device=own.device).masked_fill(~partner, -1).argmax(1)
@@ -243,8 +228,7 @@ class SASRec(nn.Module):
         self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
 
     def forward(self, history: Tensor) -> Tensor:
-        """History (B, T), padded on the right -> states (B, T, d). Causal: state t has seen the items 0 .. t
-        only, so the padding behind it never matters."""
+        """History (B, T), padded on the right -> states (B, T, d). State t has seen the items 0 .. t only."""
         length = history.shape[1]
         x = self.dropout(self.item(history) + self.position.weight[:length])
         mask = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
@@ -254,12 +238,10 @@ class SASRec(nn.Module):
 
     def scores(self, history: Tensor, ends: Tensor | None = None) -> Tensor:
         """History (B, T) -> each item's score as the next one (B, N), float32: in bf16 the best would tie; or
-        (B * Q, N) for the histories that end with the item ends[q] already."""
-        if ends is None:
-            rows = torch.arange(len(history), device=history.device)
-            state = self(history)[rows, (history != self.item.padding_idx).sum(1) - 1].float()
-        else:
-            state = self(history)[:, ends].flatten(0, 1).float()
+        (B * Q, N), for the Q histories that end with the items `ends` (Q,) of a row."""
+        rows = torch.arange(len(history), device=history.device)[:, None]
+        last = (history != self.item.padding_idx).sum(1, keepdim=True) - 1
+        state = self(history)[rows, last if ends is None else ends].flatten(0, 1).float()
         with torch.autocast(state.device.type, enabled=False):
             return state @ self.item.weight[:-1].T
 
@@ -360,7 +342,6 @@ class Block(nn.Module):
     def forward(self, x: Tensor, bias: Tensor, memory: tuple | None = None,
                 past: tuple | None = None) -> tuple[Tensor, tuple]:
         """x (B * P, S, d) -> x, and the keys and values (B * P, H, S', d_kv) that a later step attends to.
-
         memory: keys, values (B, H, M, d_kv) and bias of the histories; the P paths of a history all ask the
         same memory, so it is never repeated (an encoder has P = 1). past: those of earlier steps."""
         h = self.norms[0](x)
@@ -392,7 +373,7 @@ def relative_buckets(distance: Tensor, two_sided: bool, buckets=32, furthest=128
 class Memory(NamedTuple):
     """What the decoder knows of a batch of histories."""
     layers: list        # per decoder layer: keys and values, (B, H, M, d_kv) each
-    bias: Tensor        # (B, 1, Q, M): -inf where a history is padded, or goes on after its end number q
+    bias: Tensor        # (B, 1, Q, M): -inf where a row is padded, or goes on after the history
 
 
 class T5(nn.Module):
@@ -424,8 +405,8 @@ class T5(nn.Module):
         return self.dropout(x)
 
     def encode(self, tokens: Tensor, ends: Tensor | None = None) -> Memory:
-        """Tokens (B, M) of histories, 0 where padded -> Memory. Runs once per history, whatever the paths; if
-        causal, also once for the Q histories that end with the item ends[q] already."""
+        """Tokens (B, M) of histories, 0 where padded -> Memory. Runs once for all paths; if causal, also for
+        the Q histories that end with the items `ends` (Q,) of a row."""
         x, position = self.embed(tokens), torch.arange(tokens.shape[1], device=tokens.device)
         item, pad = position // self.levels, (tokens == 0)[:, None, None]           # pad: (B, 1, 1, M)
         bias = self.encoder_bias(relative_buckets(position - position[:, None], True)).permute(2, 0, 1)
@@ -440,10 +421,10 @@ class T5(nn.Module):
 
     def decode(self, tokens: Tensor, memory: Memory, past: list | None = None, depth: Tensor | None = None,
                apart: Tensor | bool = False) -> tuple[Tensor, list]:
-        """Tokens (B, P, S) of P paths per history, P / Q after each of its Q ends, the very first token being
-        0 -> states (B, P, S, d), the cache.
-        State l is s_l: it has read y_1 .. y_l and predicts y_{l+1}. After `past`, the cache of earlier steps,
-        S counts new ones. If the S tokens are a tree: their depth (S,), and who may not see whom (S, S)."""
+        """Tokens (B, P, S) of P paths per row, as many of each of its Q histories, the very first being 0 ->
+        states (B, P, S, d), the cache. State l is s_l: it has read y_1 .. y_l and predicts y_{l+1}. After
+        `past`, the cache of earlier steps, S counts new ones. If the S tokens are a tree: their depth (S,),
+        and who may not see whom (S, S)."""
         steps = tokens.shape[2]
         if depth is None:
             depth = torch.arange(steps + (past[0][0].shape[2] if past else 0), device=tokens.device)
@@ -457,8 +438,8 @@ class T5(nn.Module):
         return self.dropout(self.decoder_norm(x)).view(*tokens.shape, -1), cache
 
     def decode_paths(self, tokens: Tensor, memory: Memory) -> Tensor:
-        """What `decode` gives for P paths after each of B * Q ends, tokens (B * Q, P, S), that begin at one s_0,
-        as a tree: s_0 is computed once -> states (B * Q, P, S, d)."""
+        """What `decode` gives for P paths of each history, tokens (B * Q, P, S), that begin at one s_0, as a
+        tree: s_0 is computed once -> (B * Q, P, S, d)."""
         (batch, paths, steps), device = tokens.shape, tokens.device
         depth = F.pad(torch.arange(1, steps, device=device).repeat(paths), (1, 0))
         path = F.pad(torch.arange(paths, device=device).repeat_interleave(steps - 1), (1, 0), value=-1)
@@ -479,7 +460,6 @@ class T5(nn.Module):
 
 class Trie:
     """Which prefixes of codes are items: a tree in O(items) memory, its nodes numbered level by level.
-
     The children of node n are neighbours: first_child[n] .. first_child[n] + n_children[n] - 1, and code[c]
     leads to child c. path[i], L + 1 nodes, leads from the root, node 0, to item i."""
 
@@ -537,15 +517,15 @@ class Catalogue(NamedTuple):
         return cls(codes, F.pad(tokens, (0, 0, 0, 1)), Trie(codes), semantic)
 
     def read(self, model: T5, history: Tensor, ends: Tensor | None = None) -> Memory:
-        """Histories (B, T), read once by the generator's encoder, whole or as far as the items `ends` (Q,)."""
+        """Rows (B, T), read once by the generator's encoder: whole, or as far as the items `ends` (Q,)."""
         return model.encode(self.tokens[history].flatten(1), ends)
 
 
 def path_log_probs(model: T5, catalogue: Catalogue, memory: Memory, items: Tensor, flow=None) -> tuple:
-    """How likely each step of the paths of items (B, P) is, after histories that the encoder has read (with Q
-    ends B counts all) -> log_pf (B, P, L), [.., l] being log P_F(s_{l+1} | s_l); log_flow (B, P, L) of s_0 .. s_{L-1}; and log_mean
-    (B, P, L), the mean of log P_F over all steps that the trie allows in s_l, even or, of a flow (B, nodes),
-    by where it goes from s_l (only the controls ask for it)."""
+    """How likely each step of the paths of items (B, P) is, after B histories that the encoder has read ->
+    log_pf (B, P, L), [.., l] being log P_F(s_{l+1} | s_l); log_flow (B, P, L) of s_0 .. s_{L-1}; and, for the
+    controls, log_mean (B, P, L), the mean of log P_F over all steps that the trie allows in s_l, even or, of
+    a flow (B, nodes), by where it goes from s_l."""
     state = model.decode_paths(F.pad(catalogue.tokens[items][..., :-1], (1, 0)), memory)
     trie, path, log_pf, log_mean = catalogue.trie, catalogue.trie.path[items], [], []
     for level in range(model.levels):
@@ -561,7 +541,6 @@ def path_log_probs(model: T5, catalogue: Catalogue, memory: Memory, items: Tenso
 
 def curriculum_sample(scores: Tensor, pool: Tensor, exclude: Tensor, k: int, beta: float) -> Tensor:
     """K items per user, easy ones (low scores) at beta < 0, hard ones at beta > 0, any at 0 (Section 3.1).
-
     Gumbel top-K, a draw without replacement from softmax(beta * z), z the standardised score. [ours]: the
     temperature makes the paper's order soft, a pool of M items makes a step cost O(B * M).
     scores (B, M) of the pool's items, pool (M,) ids, exclude (B, T) ids never drawn -> ids (B, k)."""
@@ -574,9 +553,8 @@ def curriculum_sample(scores: Tensor, pool: Tensor, exclude: Tensor, k: int, bet
 # =============================================================================================== 7. reward
 
 def reward(r_aug: Tensor, r_cs: Tensor, r_sim: Tensor, parts: str = "aug,cf,sim", floor=1e-4) -> Tensor:
-    """R = r_aug + r_cs + r_sim (Section 3.2), each (B, P) in [0, 1]: was the item clicked, how does the
-    collaborative model score it, what share of its codes does it have in common with the clicked item.
-    [ours]: at least `floor`, so that its log is finite."""
+    """R = r_aug + r_cs + r_sim (Section 3.2), each (B, P) in [0, 1]: was the item clicked, SASRec's score of
+    it, the share of codes as in the clicked one. [ours]: at least `floor`, so that its log is finite."""
     terms = {"aug": r_aug, "cf": r_cs, "sim": r_sim}
     return sum(terms[part] for part in parts.split(",")).clamp(min=floor)
 
@@ -634,9 +612,8 @@ def ipa(margin: Tensor, rewards: Tensor, beta: float) -> Tensor:
 
 def clipped_loss(log_p: Tensor, log_old: Tensor, log_ref: Tensor, advantage: Tensor, clip: float,
                  kl: float) -> Tensor:
-    """-min(r A, clip(r, 1 - e, 1 + e) A), r = p / p_old: nothing is gained by going further than e from
-    the policy that drew the paths (Schulman et al. 2017, Eq. 7); plus kl * (q - 1 - log q), q = p_ref / p, an
-    estimate of KL(p || p_ref) (Shao et al. 2024, Eq. 4). (B, P) each. [ours]: a path is one action."""
+    """-min(r A, clip(r, 1 - e, 1 + e) A), r = p / p_old (Schulman et al. 2017, Eq. 7); + kl * (q - 1 - log q)
+    with q = p_ref / p (Shao et al. 2024, Eq. 4). (B, P) each. [ours]: a path is one action."""
     ratio, log_q = (log_p - log_old).exp(), log_ref - log_p
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
     return kl * (log_q.exp() - 1 - log_q) - gain
@@ -650,8 +627,7 @@ def ppo(log_p: Tensor, log_old: Tensor, log_ref: Tensor, rewards: Tensor, value:
 
 
 def grpo(log_p: Tensor, log_old: Tensor, log_ref: Tensor, rewards: Tensor, clip: float, kl: float) -> Tensor:
-    """GRPO: the advantage is how many of its group's standard deviations a reward is above the group's mean.
-    (B, P) each -> (B,)."""
+    """GRPO: the advantage is a reward's standard score in its group. (B, P) each -> (B,)."""
     spread = rewards.std(1, correction=0, keepdim=True)
     advantage = (rewards - rewards.mean(1, keepdim=True)) / (spread + 1e-4)
     return clipped_loss(log_p, log_old, log_ref, advantage, clip, kl).mean(1)
@@ -703,7 +679,7 @@ METHODS = {
                   lambda y, c: dpo(*y.margins(), c.beta)),
     "sdpo": Method("random", lambda c: c.negatives, ("pool", "share", "preference"), 0.5,
                    lambda y, c: dpo(*y.margins(), c.beta)),
-    "sprec": Method("draws", lambda c: 1, ("share", "preference"), 0.8,     # left out: draws of the clicked item
+    "sprec": Method("draws", lambda c: 1, ("share", "preference"), 0.8,     # clicked ones left out
                     lambda y, c: (y.items[:, 0] != y.items[:, 1]) * dpo(*y.margins(), c.sprec_beta)),
     "ipa": Method("beam", lambda c: c.beam, ("lambda", "share", "reward", "preference"), 3.6,
                   lambda y, c: c.lam * ipa(y.margins()[1], y.reward[:, 1:], c.beta), with_sft=True),
@@ -738,9 +714,8 @@ class FineTuning:
     @torch.no_grad()
     def trajectories(self, method: Method, history: Tensor, target: Tensor, progress: float,
                      ends: Tensor | None = None) -> Paths:
-        """The observed items and those beside them, their reward, and what frozen policies say of them; what a
-        method has no use for is left empty. history (B, T), target (B,), progress in [0, 1]; or target (B * Q,),
-        what follows the items `ends` (Q,) of each history."""
+        """The observed items and those beside them, their reward, and what frozen policies say of them; what
+        a method has no use for is left empty. history (B, T), target (B,) or, after `ends` (Q,), (B * Q,)."""
         cfg, catalogue, n_items = self.cfg, self.catalogue, len(self.catalogue.codes)
         source, n = cfg.sampler if method.source == "curriculum" else method.source, method.paths(cfg)
         items, log_old, log_ref = target[:, None], None, None
@@ -756,10 +731,10 @@ class FineTuning:
             memory, draws = catalogue.read(self.old, history, ends), source == "draws"
             drawn = beam_search(self.old, catalogue, memory, n if draws else min(n, n_items), draws)[0]
             items = torch.cat([items, drawn], 1)
-            log_ref = log_old = path_log_probs(self.old, catalogue, memory, items)[0].sum(-1)
-        if source != "none" and self.reference is not self.old:
-            memory = catalogue.read(self.reference, history, ends)
-            log_ref = path_log_probs(self.reference, catalogue, memory, items)[0].sum(-1)
+        if self.reference is not None and source != "none":
+            log_p = [path_log_probs(policy, catalogue, catalogue.read(policy, history, ends), items)[0]
+                     for policy in dict.fromkeys((self.reference, self.old or self.reference))]     # 1, or 2
+            log_ref, log_old = log_p[0].sum(-1), log_p[-1].sum(-1)
         r_aug = (items == items[:, :1]).float()
         r_cs = collaborative_score(scores, items, cfg.scale) if "reward" in method.groups else r_aug
         r_sim = shared_codes(catalogue.codes[items][..., :catalogue.semantic])
@@ -780,8 +755,8 @@ class FineTuning:
 
     def loss(self, history: Tensor, target: Tensor, progress: float) -> Tensor:
         """The method's loss, its mean over targets -> scalar; Eq. 7 for tb and db. Gradients reach the model
-        alone. history (B, T), progress in [0, 1], target (B,); or, of a causal encoder, (B, T): the item after
-        each item, N where padded. [ours]: a random share of the histories gets paths beside the observed."""
+        alone. history (B, T), progress in [0, 1], target (B,) or, of a causal encoder, (B, T): the item after
+        each item, N where padded. [ours]: paths beside the observed are for a random share of the rows."""
         cfg, n = self.cfg, len(history)
         first_half = -progress * cfg.iterations % 1 >= 0.5  # of an iteration of sprec: SFT; the other: DPO
         method = METHODS["sft" if cfg.loss == "sprec" and first_half else cfg.loss]
@@ -826,7 +801,7 @@ def fit(model: nn.Module, title: str, loss_of: Callable, batches: Iterator[Tenso
             metrics = validate() if step in checks else {}
             if metrics and metrics["N@10"] > best_score:
                 best, best_score = copy.deepcopy(model.state_dict()), metrics["N@10"]
-            progress.done(step, len(rows), loss, metrics, (best, best_score))
+            progress.done(step, loss, metrics, (best, best_score))
     model.load_state_dict(best or model.state_dict())
 
 
@@ -837,10 +812,9 @@ def beam_search(model: T5, catalogue: Catalogue, memory: Memory, beam: int,
                 draws: bool = False) -> tuple[Tensor, Tensor]:
     """The most likely items (B, W) that W beams find after histories that the encoder has read, best first,
     and their log p; or W independent draws. All users and all beams step together along the trie, so each
-    ends at an item; where the catalogue has fewer items than beams, the rest of the row is N with -inf. Of
-    histories with Q ends B counts all."""
-    trie, (rows, _, n_ends, _), device = catalogue.trie, memory.bias.shape, memory.bias.device
-    users = torch.arange(rows * n_ends, device=device)[:, None]
+    ends at an item; where the catalogue has fewer items than beams, the rest of the row is N with -inf."""
+    trie, (rows, _, n, _), device = catalogue.trie, memory.bias.shape, memory.bias.device
+    users = torch.arange(rows * n, device=device)[:, None]
     token = node = torch.zeros_like(users).expand(-1, beam if draws else 1)
     score, past = torch.zeros(token.shape, device=device), None
     for level in range(model.levels):
@@ -905,7 +879,8 @@ def train_codes(run: Run, vectors: Tensor, collaborative: Tensor, journal: Journ
             if 0 < step < 0.8 * steps:              # afterwards the codes must come to rest
                 quantiser.restart_dead_codes(model.encoder(vectors))
             if even_codes:
-                quantiser.clusters.copy_(torch.stack([*map(balanced_clusters, quantiser.codebooks)]))
+                quantiser.clusters.copy_(torch.stack([datasets.balanced_clusters(
+                    codebook, kmeans(codebook, min(10, len(codebook)))) for codebook in quantiser.codebooks]))
 
     with torch.no_grad():
         quantiser.initialise(model.encoder(vectors))
@@ -941,8 +916,6 @@ def item_codes(run: Run, sasrec: SASRec) -> Catalogue:
 def train_sasrec(run: Run) -> SASRec:
     """The collaborative model, trained on every user's training sequence and frozen from then on."""
     cfg = run.cfg
-    if cfg.sasrec_dim % cfg.sasrec_heads:
-        raise DataError(f"--sasrec-dim {cfg.sasrec_dim} is no multiple of --sasrec-heads {cfg.sasrec_heads}")
     length = max(cfg.sasrec_length, cfg.max_history)    # else positions that are used would not be trained
     torch.manual_seed(cfg.seed)
     model = SASRec(run.data.n_items, cfg.sasrec_dim, cfg.sasrec_layers, cfg.sasrec_heads, cfg.sasrec_dropout,
@@ -950,7 +923,7 @@ def train_sasrec(run: Run) -> SASRec:
 
     def build(journal: Journal) -> dict:
         pairs = datasets.split(run.data, length)["train"].to(run.device).windows(length)
-        steps = cfg.sasrec_epochs * math.ceil(int(pairs.targets().sum()) / cfg.sasrec_batch)
+        steps = cfg.sasrec_epochs * math.ceil(pairs.n_targets / cfg.sasrec_batch)
         optimiser = torch.optim.AdamW(model.parameters(), cfg.sasrec_lr, weight_decay=cfg.weight_decay,
                                       fused=True)
         return run.train("sasrec", model, lambda history: datasets.top(model.scores(history), 20),
@@ -975,13 +948,10 @@ def train_generator(run: Run, stage: str, catalogue: Catalogue, sasrec: SASRec, 
 
     def build(journal: Journal) -> dict:
         pairs = run.parts["train"]
-        n_pairs = len(pairs)
-        if cfg.encoder == "causal":
-            pairs = pairs.windows(cfg.max_history)
         epochs = cfg.finetune_epochs * (stage == "finetune") + cfg.sft_epochs * cfg.from_scratch
         if not cfg.from_scratch:
             datasets.load_state(model, initial, run.folder("sft"))
-        steps = max(1, round(epochs * math.ceil(n_pairs / cfg.batch) / METHODS[cfg.loss].cost))
+        steps = max(1, round(epochs * math.ceil(pairs.n_targets / cfg.batch) / METHODS[cfg.loss].cost))
         tuning = FineTuning(model, sasrec, catalogue, cfg)
         lr = cfg.lr if cfg.from_scratch else cfg.finetune_lr
         optimiser = datasets.relative_adamw(model, lr, cfg.weight_decay)
@@ -998,8 +968,7 @@ def train_generator(run: Run, stage: str, catalogue: Catalogue, sasrec: SASRec, 
 def recommend(run_folder: str | Path, history: list[int], k: int = 10) -> list[int]:
     """The k best next items after a history of item ids, oldest first, by a trained generator: run_folder is
     that of an SFT or a fine-tuning, as runs/toy/tb-0123456789. Raises DataError."""
-    history = history.tolist() if hasattr(history, "tolist") else history       # an array, a tensor
-    cfg, kept = datasets.read_generator(run_folder, Config, history, k)
+    cfg, kept, history = datasets.read_generator(run_folder, Config, history, k)
     catalogue = Catalogue.of(kept["codes"], kept["semantic"])
     model = datasets.load_state(generator(cfg, catalogue), kept["state"], run_folder)
     memory = catalogue.read(model, torch.tensor([history[-cfg.max_history:]]))
@@ -1009,9 +978,9 @@ def recommend(run_folder: str | Path, history: list[int], k: int = 10) -> list[i
 def run_all(cfg: Config) -> tuple[str, dict]:
     """All stages in order, each one kept; returns the tables of results, and the results."""
     run = Run(cfg, needs(cfg), fit, ranking_metrics)
-    method = METHODS[cfg.loss]
-    if method.source == "random" or method.source == "curriculum" and cfg.sampler != "none":
-        run.check_unclicked(method.paths(cfg))
+    source, paths, *_ = METHODS[cfg.loss]
+    if source == "random" or source == "curriculum" and cfg.sampler != "none":
+        run.check_unclicked(paths(cfg))
     sasrec = train_sasrec(run)
     catalogue = item_codes(run, sasrec)
     print(datasets.code_figures(catalogue.codes[:, :catalogue.semantic], sasrec.item.weight[:-1]))
