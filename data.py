@@ -66,7 +66,7 @@ DATASETS = {  # --dataset -> folder name and the git blob id of each file: sha1 
 
 
 PRESETS = {  # --dataset -> defaults of its own
-    "toy": dict(levels=2, codebook_size=32, d_model=64, d_kv=16, d_ff=256, layers=2, batch=64, sft_epochs=4.0,
+    "toy": dict(levels=2, codebook_size=32, d_model=64, d_kv=16, d_ff=256, layers=2, batch=64, sft_epochs=6.0,
                 finetune_epochs=2.0, evaluations=4, valid_users=1000)}
 
 

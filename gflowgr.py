@@ -85,7 +85,7 @@ class Config(datasets.RunSettings):
     finetune_seed: int = knob(-1, "finetune", "seed of the fine-tuning alone; -1: the same as --seed", low=-1)
     finetune_lr: float = knob(0.003, "finetune", "peak rate of AdamW in the fine-tuning [ours]")
     lam: float = knob(0.01, "lambda", "lambda of Eq. 7, weight of what tb, db and ipa add [ours]")
-    share: float = knob(0.125, "share", "of a batch's rows: get paths beside the observed [ours]", low=1e-3)
+    share: float = knob(0.125, "share", "of a batch's rows, gets paths beside the observed [ours]", low=1e-3)
     pool: int = knob(512, "pool", "random items that unclicked ones are chosen from, per batch [ours]")
     reward: str = knob("aug,cf,sim", "reward", "parts of the reward [paper]",
                        ("aug,cf,sim", "aug,cf", "aug,sim", "cf,sim", "aug", "cf", "sim"))
@@ -378,15 +378,14 @@ class Memory(NamedTuple):
 
 class T5(nn.Module):
     """The standard T5 (Raffel et al. 2020) and a flow head. Token 0 pads and starts, 1 + l * C + c is code c
-    of level l. Each level has tokens of its own, so what comes next is a choice among C codes."""
+    of level l. [ours]: if causal, an item of a history sees those before it, not those after it."""
 
     def __init__(self, levels: int, n_codes: int, d_model=128, heads=4, d_kv=32, d_ff=512, layers=3,
                  dropout=0.1, temperature=1.0, causal=False):
         super().__init__()
-        self.levels, self.n_codes, self.scale = levels, n_codes, d_model ** -0.5 / temperature
-        self.causal = causal        # an item of a history sees those before it, not those after it
-        self.embedding = nn.Embedding(1 + levels * n_codes, d_model)
-        self.dropout = Dropout(dropout)
+        self.levels, self.n_codes, self.causal = levels, n_codes, causal
+        self.scale = d_model ** -0.5 / temperature
+        self.embedding, self.dropout = nn.Embedding(1 + levels * n_codes, d_model), Dropout(dropout)
         self.encoder, self.decoder = (nn.ModuleList(
             Block(d_model, heads, d_kv, d_ff, self.dropout, decoder) for _ in range(layers))
             for decoder in (False, True))
@@ -407,6 +406,7 @@ class T5(nn.Module):
     def encode(self, tokens: Tensor, ends: Tensor | None = None) -> Memory:
         """Tokens (B, M) of histories, 0 where padded -> Memory. Runs once for all paths; if causal, also for
         the Q histories that end with the items `ends` (Q,) of a row."""
+        assert ends is None or self.causal, "a full encoder has seen what comes after an end"
         x, position = self.embed(tokens), torch.arange(tokens.shape[1], device=tokens.device)
         item, pad = position // self.levels, (tokens == 0)[:, None, None]           # pad: (B, 1, 1, M)
         bias = self.encoder_bias(relative_buckets(position - position[:, None], True)).permute(2, 0, 1)

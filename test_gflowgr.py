@@ -1667,7 +1667,8 @@ def test_own_codes_vectors_and_from_scratch(world, capsys):
     (world / "own.json").write_text(datasets.format_codes(codes))
     np.save(world / "own.npy", np.random.default_rng(0).normal(size=(50, 5)))
     assert "then tb" in run(capsys, "--codes", "own.json", "--from-scratch").out
-    assert "then tb" in run(capsys, "--item-vectors", "own.npy", "--z", "scalar", "--no-confidence").out
+    assert "then tb" in run(capsys, "--item-vectors", "own.npy", "--z", "scalar", "--no-confidence",
+                            "--encoder", "full").out
     (world / "own.json").write_text(datasets.format_codes(codes[:40]))
     assert "codes for 40 items" in run(capsys, "--codes", "own.json", expect=1).err
 
