@@ -380,8 +380,8 @@ def split(data: Data, max_history: int = 20) -> dict[str, Examples]:
 def length_batches(lengths: torch.Tensor, batch: int, steps: int, seed: int,
                    targets: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
     """Rows (B,) of `steps` batches, each of histories of almost equal length, so that little is padded, and
-    of `batch` targets, of which each row has one or targets[row]. Which rows of a length go together, and in
-    which order the batches come, changes every epoch."""
+    of about `batch` targets, of which each row has one or targets[row]. Which rows of a length go together,
+    and in which order the batches come, changes every epoch."""
     generator = torch.Generator().manual_seed(seed)
     targets = torch.ones(len(lengths), dtype=torch.long) if targets is None else targets
     while steps > 0:
@@ -648,13 +648,13 @@ def data_parallel(model: torch.nn.Module, loss_of: Callable, targets: torch.Tens
     step = torch.nn.parallel.DistributedDataParallel(Step(model, loss_of), find_unused_parameters=partly)
     torch.manual_seed(torch.initial_seed() + rank)      # from here on each draws noise of its own
 
-    def share(rows: torch.Tensor, progress: float) -> torch.Tensor:
+    def part(rows: torch.Tensor, progress: float) -> torch.Tensor:
         if len(rows) < world:               # too few to share out: all do all of them
             return step(rows, progress)
         mine = rows[rank::world]
         return step(mine, progress) * (world * targets[mine].sum() / targets[rows].sum()).item()
 
-    return share
+    return part
 
 
 # -------------------------------------------------------------------------------------------- kept results
@@ -992,6 +992,7 @@ def read_generator(folder: Path, settings: type, history: list[int], k: int) -> 
     n_items, config = len(result["codes"]), read_json(folder / "config.json")
     if not history or not set(history) <= set(range(n_items)) or not 1 <= k <= n_items:
         raise DataError(f"a history needs item ids of 0 to {n_items - 1}, and k must be 1 to {n_items}")
+    config.setdefault("encoder", "full")            # of a folder from before there was another
     names = {f.name for f in dataclasses.fields(settings)}
     return settings(**{name: value for name, value in config.items() if name in names}), result, history
 

@@ -15,10 +15,10 @@ where the probability of each path is its share of all reward:
 Beauty, --sft-epochs 20, test R@10, one run, n = 22,363: SASRec 0.0687, SFT 0.0583, then TB 0.0584 (README).
 
 Shapes, everywhere:
-    B  histories in a batch     T  items in a history      N  items in the catalogue     U  users
+    B  rows, or histories       T  items in a history      N  items in the catalogue     U  users
     P  paths per history: 1 observed + K augmented         L  codes per item             C  codes per level
     W  beams                    d  width of a vector       H  attention heads            M  memory's tokens
-    Q  histories that a row of a batch is read as: the whole of it, or each of its beginnings
+    Q  histories that a row of a batch stands for: the whole of it alone, or each of its beginnings
 The id N pads short histories. A trajectory y = (y_1 .. y_L) walks s_0 -> s_1 -> .. -> s_L down a tree: every
 state has one parent, so log P_B = 0, and P_F(s_l | s_{l-1}) is the generator's p(y_l | x, y_<l).
 """
@@ -62,7 +62,7 @@ class Config(datasets.RunSettings):
     sasrec_layers: int = knob(2, "sasrec", "layers of SASRec [ours]")
     sasrec_heads: int = knob(2, "sasrec", "attention heads of SASRec [ours]")
     sasrec_dropout: float = knob(0.4, "sasrec", "dropout of SASRec [ours]", below=1)
-    sasrec_length: int = knob(50, "sasrec", "last items of a user's sequence that SASRec trains on [ours]")
+    sasrec_length: int = knob(50, "sasrec", "items of a window of a sequence in SASRec's training [ours]")
     sasrec_batch: int = knob(768, "sasrec", "targets in a SASRec batch [ours]")
     sasrec_lr: float = knob(1e-3, "sasrec", "peak learning rate of SASRec [ours]")
     sasrec_pool: int = knob(50_000, "sasrec", "items a step ranks; of a larger catalogue, a sample [ours]")
@@ -85,7 +85,7 @@ class Config(datasets.RunSettings):
     finetune_seed: int = knob(-1, "finetune", "seed of the fine-tuning alone; -1: the same as --seed", low=-1)
     finetune_lr: float = knob(0.003, "finetune", "peak rate of AdamW in the fine-tuning [ours]")
     lam: float = knob(0.01, "lambda", "lambda of Eq. 7, weight of what tb, db and ipa add [ours]")
-    share: float = knob(0.125, "share", "of a batch's rows, gets paths beside the observed [ours]", low=1e-3)
+    share: float = knob(0.125, "share", "of rows that get paths beside the observed [ours]", (), 1e-3, 1.001)
     pool: int = knob(512, "pool", "random items that unclicked ones are chosen from, per batch [ours]")
     reward: str = knob("aug,cf,sim", "reward", "parts of the reward [paper]",
                        ("aug,cf,sim", "aug,cf", "aug,sim", "cf,sim", "aug", "cf", "sim"))
@@ -238,7 +238,7 @@ class SASRec(nn.Module):
 
     def scores(self, history: Tensor, ends: Tensor | None = None) -> Tensor:
         """History (B, T) -> each item's score as the next one (B, N), float32: in bf16 the best would tie; or
-        (B * Q, N), for the Q histories that end with the items `ends` (Q,) of a row."""
+        (B * Q, N), for the Q histories of a row that end at the places `ends` (Q,)."""
         rows = torch.arange(len(history), device=history.device)[:, None]
         last = (history != self.item.padding_idx).sum(1, keepdim=True) - 1
         state = self(history)[rows, last if ends is None else ends].flatten(0, 1).float()
@@ -342,8 +342,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, bias: Tensor, memory: tuple | None = None,
                 past: tuple | None = None) -> tuple[Tensor, tuple]:
         """x (B * P, S, d) -> x, and the keys and values (B * P, H, S', d_kv) that a later step attends to.
-        memory: keys, values (B, H, M, d_kv) and bias of the histories; the P paths of a history all ask the
-        same memory, so it is never repeated (an encoder has P = 1). past: those of earlier steps."""
+        memory: keys, values (B, H, M, d_kv) and bias of the rows; all P paths of a row ask the same memory,
+        so it is never repeated (an encoder has P = 1). past: those of earlier steps."""
         h = self.norms[0](x)
         present = self.attention.keys_values(h)
         if past is not None:
@@ -405,7 +405,7 @@ class T5(nn.Module):
 
     def encode(self, tokens: Tensor, ends: Tensor | None = None) -> Memory:
         """Tokens (B, M) of histories, 0 where padded -> Memory. Runs once for all paths; if causal, also for
-        the Q histories that end with the items `ends` (Q,) of a row."""
+        the Q histories of a row that end at the places `ends` (Q,)."""
         assert ends is None or self.causal, "a full encoder has seen what comes after an end"
         x, position = self.embed(tokens), torch.arange(tokens.shape[1], device=tokens.device)
         item, pad = position // self.levels, (tokens == 0)[:, None, None]           # pad: (B, 1, 1, M)
@@ -421,7 +421,7 @@ class T5(nn.Module):
 
     def decode(self, tokens: Tensor, memory: Memory, past: list | None = None, depth: Tensor | None = None,
                apart: Tensor | bool = False) -> tuple[Tensor, list]:
-        """Tokens (B, P, S) of P paths per row, as many of each of its Q histories, the very first being 0 ->
+        """Tokens (B, P, S) of a row's P paths, P / Q for each of its Q histories in turn, the very first 0 ->
         states (B, P, S, d), the cache. State l is s_l: it has read y_1 .. y_l and predicts y_{l+1}. After
         `past`, the cache of earlier steps, S counts new ones. If the S tokens are a tree: their depth (S,),
         and who may not see whom (S, S)."""
@@ -438,8 +438,7 @@ class T5(nn.Module):
         return self.dropout(self.decoder_norm(x)).view(*tokens.shape, -1), cache
 
     def decode_paths(self, tokens: Tensor, memory: Memory) -> Tensor:
-        """What `decode` gives for P paths of each history, tokens (B * Q, P, S), that begin at one s_0, as a
-        tree: s_0 is computed once -> (B * Q, P, S, d)."""
+        """`decode` of P paths a history, (B * Q, P, S) -> (B * Q, P, S, d), as a tree: s_0 is done once."""
         (batch, paths, steps), device = tokens.shape, tokens.device
         depth = F.pad(torch.arange(1, steps, device=device).repeat(paths), (1, 0))
         path = F.pad(torch.arange(paths, device=device).repeat_interleave(steps - 1), (1, 0), value=-1)
@@ -517,7 +516,7 @@ class Catalogue(NamedTuple):
         return cls(codes, F.pad(tokens, (0, 0, 0, 1)), Trie(codes), semantic)
 
     def read(self, model: T5, history: Tensor, ends: Tensor | None = None) -> Memory:
-        """Rows (B, T), read once by the generator's encoder: whole, or as far as the items `ends` (Q,)."""
+        """Rows (B, T), read once by the generator's encoder: whole, or as far as the places `ends` (Q,)."""
         return model.encode(self.tokens[history].flatten(1), ends)
 
 
@@ -661,7 +660,7 @@ class Paths(NamedTuple):
 
 class Method(NamedTuple):
     """A way of fine-tuning: where its trajectories come from x the objective put on them."""
-    source: str             # of paths beside the observed one; beam, draws: the generator's own; all: as flow
+    source: str             # of paths beside the observed; beam, draws: the generator's; all: SASRec's flow
     paths: Callable         # Config -> how many of those
     groups: tuple           # of settings that it has
     cost: float             # time of its training step over SFT's, measured on two cores (README)
@@ -714,8 +713,8 @@ class FineTuning:
     @torch.no_grad()
     def trajectories(self, method: Method, history: Tensor, target: Tensor, progress: float,
                      ends: Tensor | None = None) -> Paths:
-        """The observed items and those beside them, their reward, and what frozen policies say of them; what
-        a method has no use for is left empty. history (B, T), target (B,) or, after `ends` (Q,), (B * Q,)."""
+        """The observed items and those beside them, their reward, and, where the method asks for it, what
+        frozen models say. history (B, T), target (B,) or, at the places `ends` (Q,) of a row, (B * Q,)."""
         cfg, catalogue, n_items = self.cfg, self.catalogue, len(self.catalogue.codes)
         source, n = cfg.sampler if method.source == "curriculum" else method.source, method.paths(cfg)
         items, log_old, log_ref = target[:, None], None, None
@@ -731,10 +730,11 @@ class FineTuning:
             memory, draws = catalogue.read(self.old, history, ends), source == "draws"
             drawn = beam_search(self.old, catalogue, memory, n if draws else min(n, n_items), draws)[0]
             items = torch.cat([items, drawn], 1)
-        if self.reference is not None and source != "none":
-            log_p = [path_log_probs(policy, catalogue, catalogue.read(policy, history, ends), items)[0]
-                     for policy in dict.fromkeys((self.reference, self.old or self.reference))]     # 1, or 2
-            log_ref, log_old = log_p[0].sum(-1), log_p[-1].sum(-1)
+            if self.old is self.reference or "policy" in method.groups:
+                log_ref = log_old = path_log_probs(self.old, catalogue, memory, items)[0].sum(-1)
+        if self.reference not in (None, self.old) and source != "none":
+            memory = catalogue.read(self.reference, history, ends)
+            log_ref = path_log_probs(self.reference, catalogue, memory, items)[0].sum(-1)
         r_aug = (items == items[:, :1]).float()
         r_cs = collaborative_score(scores, items, cfg.scale) if "reward" in method.groups else r_aug
         r_sim = shared_codes(catalogue.codes[items][..., :catalogue.semantic])
@@ -760,9 +760,9 @@ class FineTuning:
         cfg, n = self.cfg, len(history)
         first_half = -progress * cfg.iterations % 1 >= 0.5  # of an iteration of sprec: SFT; the other: DPO
         method = METHODS["sft" if cfg.loss == "sprec" and first_half else cfg.loss]
+        loss = self.on_paths(METHODS["sft"], history, target, progress) if method.with_sft else 0.0
         if self.reference is not None and method.source != "none":
             self.model.eval()       # without dropout: the ratio of two policies must not be its noise
-        loss = self.on_paths(METHODS["sft"], history, target, progress) if method.with_sft else 0.0
         if "share" in method.groups:
             some = torch.randperm(n, device=history.device)[:math.ceil(cfg.share * n)]
             history, target = history[some], target[some]
@@ -813,11 +813,12 @@ def beam_search(model: T5, catalogue: Catalogue, memory: Memory, beam: int,
     """The most likely items (B, W) that W beams find after histories that the encoder has read, best first,
     and their log p; or W independent draws. All users and all beams step together along the trie, so each
     ends at an item; where the catalogue has fewer items than beams, the rest of the row is N with -inf."""
-    trie, (rows, _, n, _), device = catalogue.trie, memory.bias.shape, memory.bias.device
-    users = torch.arange(rows * n, device=device)[:, None]
+    trie, (rows, _, histories, _), device = catalogue.trie, memory.bias.shape, memory.bias.device
+    users = torch.arange(rows * histories, device=device)[:, None]
     token = node = torch.zeros_like(users).expand(-1, beam if draws else 1)
-    score, past = torch.zeros(token.shape, device=device), None
+    score = torch.zeros(token.shape, device=device)
     for level in range(model.levels):
+        past = [(keys[parent], values[parent]) for keys, values in past] if level else None
         state, past = model.decode(token.reshape(rows, -1, 1), memory, past)
         logits = model.code_logits(state.view(*token.shape, -1), level)
         child, log_probs = trie.log_probs(logits, node, level)                      # (B, W, width)
@@ -829,7 +830,6 @@ def beam_search(model: T5, catalogue: Catalogue, memory: Memory, beam: int,
             best = total.topk(min(beam, total.shape[1])).indices
         score = total.gather(1, best)
         parent = (users * node.shape[1] + best // width).flatten()                  # the beams that go on
-        past = [(keys[parent], values[parent]) for keys, values in past]
         node = child.flatten(1).gather(1, best)
         token = 1 + level * model.n_codes + trie.code[node]
     n_items, missing = len(catalogue.codes), beam - score.shape[1]

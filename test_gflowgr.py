@@ -703,7 +703,7 @@ def test_a_causal_encoder_draws_and_searches_after_each_end_of_a_row():
         tuning = g.FineTuning(model, small_sasrec(), catalogue, g.Config(loss=loss, beam=4, group=4))
         paths = tuning.trajectories(g.METHODS[loss], history, torch.arange(9), 1.0, ends)
         log_pf, *_ = g.path_log_probs(model, catalogue, catalogue.read(model, history, ends), paths.items)
-        torch.testing.assert_close(paths.log_old, log_pf.sum(-1).detach())
+        torch.testing.assert_close(paths.log_ref, log_pf.sum(-1).detach())
 
 
 def test_decoder_is_causal_and_its_cache_changes_nothing():
@@ -1096,7 +1096,7 @@ def test_what_each_method_knows_of_its_trajectories(loss):
     if g.METHODS[loss].source in ("random", "curriculum"):
         clicked = torch.cat([history, target[:, None]], 1)
         assert not (paths.items[:, 1:, None] == clicked[:, None]).any()
-    if g.METHODS[loss].source in ("beam", "draws"):
+    if loss in ("ppo", "grpo"):
         torch.testing.assert_close(paths.log_old, log_p, atol=1e-5, rtol=1e-5)
     if g.METHODS[loss].source in ("random", "beam", "draws"):   # at the start the reference is the policy
         torch.testing.assert_close(paths.log_ref, log_p, atol=1e-5, rtol=1e-5)
@@ -1150,6 +1150,9 @@ def test_ratios_are_free_of_dropout_and_against_the_policy_that_drew():
     paths = tuning.trajectories(g.METHODS["grpo"], history, target, 0.5)
     log_old = log_probs(tuning.old, catalogue, history, paths.items)[0].sum(-1)
     torch.testing.assert_close(paths.log_old, log_old)
+    both = replace(cfg, loss="ipa", beam=4, lam=0.0)            # whose SFT is no ratio: it keeps its dropout
+    assert len({loss_of(model.train(), sasrec, catalogue, both, history, target, 0.5).item()
+                for _ in range(4)}) == 4
 
 
 def test_sprec_plays_against_its_previous_iterate_and_leaves_the_clicked_item_out():
@@ -1700,6 +1703,7 @@ def test_settings_without_effect_are_named(world, capsys):
     (["--k", "many"], "invalid int value"), (["--loss", "tbb"], "invalid choice: 'tbb'"),
     (["--temperature", "0"], "--temperature 0.0 must be at least 0.01"),
     (["--group", "1"], "--group 1 must be at least 2"),
+    (["--share", "8"], "--share 8.0 must be at least 0.001 and below 1.001"),
     (["--reward", "aug,xx"], "invalid choice: 'aug,xx'"), (["--show", "-1"], "--show -1 must be at least 0"),
     (["--sft-epochs", "0"], "--sft-epochs 0.0 must be at least 0.001"),
     (["--k", "0"], "--k 0 must be at least 1"), (["--lam", "-1"], "--lam -1.0 must be at least 0"),
@@ -2002,6 +2006,17 @@ def test_recommend_gives_what_the_run_gave(world, capsys, monkeypatch):
     for wrong in (sasrec, codes, world / "nowhere", world):
         with pytest.raises(DataError, match="holds no finished generator"):
             g.recommend(wrong, [1])
+
+
+def test_a_generator_from_before_the_causal_encoder_reads_as_it_was_trained(world, capsys):
+    run(capsys, "--encoder", "full", "--loss", "sft")
+    config = next((world / "runs" / "toy").glob("sft-*")) / "config.json"
+    settings, lists = json.loads(config.read_text()), []
+    for encoder in ("full", "causal", None):
+        config.write_text(json.dumps({**settings, "encoder": encoder} if encoder else
+                                     {name: value for name, value in settings.items() if name != "encoder"}))
+        lists.append(g.recommend(config.parent, [17, 4, 30, 2], 20))
+    assert lists[0] == lists[2] != lists[1]
 
 
 def test_a_full_disk_is_said_and_leaves_nothing_half_written(world, capsys, monkeypatch):
