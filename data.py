@@ -380,14 +380,17 @@ def split(data: Data, max_history: int = 20) -> dict[str, Examples]:
 def length_batches(lengths: torch.Tensor, batch: int, steps: int, seed: int,
                    targets: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
     """Rows (B,) of `steps` batches, each of histories of almost equal length, so that little is padded, and
-    of about `batch` targets, of which each row has one or targets[row]. Which rows of a length go together,
-    and in which order the batches come, changes every epoch."""
+    of at most `batch` targets, of which each row has one or targets[row]: how many rows, the longest of them
+    decides, so that batches of one length have one shape, whatever their rows. Which rows of a length go
+    together, and in which order the batches come, changes every epoch."""
     generator = torch.Generator().manual_seed(seed)
     targets = torch.ones(len(lengths), dtype=torch.long) if targets is None else targets
     while steps > 0:
-        order = torch.argsort(lengths + torch.rand(len(lengths), generator=generator))
-        size = torch.bincount((targets[order].cumsum(0) - 1) // batch)
-        chunks = order.split(size[size > 0].tolist())
+        order = torch.argsort(lengths + torch.rand(len(lengths), generator=generator), descending=True)
+        size, starts = (batch // targets[order]).clamp(min=1).tolist(), [0]
+        while starts[-1] < len(order):
+            starts.append(starts[-1] + size[starts[-1]])
+        chunks = order.tensor_split(starts[1:-1])
         for i in torch.randperm(len(chunks), generator=generator)[:steps].tolist():
             yield chunks[i]
         steps -= len(chunks)

@@ -63,7 +63,7 @@ class Config(datasets.RunSettings):
     sasrec_heads: int = knob(2, "sasrec", "attention heads of SASRec [ours]")
     sasrec_dropout: float = knob(0.4, "sasrec", "dropout of SASRec [ours]", below=1)
     sasrec_length: int = knob(50, "sasrec", "items of a window of a sequence in SASRec's training [ours]")
-    sasrec_batch: int = knob(768, "sasrec", "targets in a SASRec batch [ours]")
+    sasrec_batch: int = knob(768, "sasrec", "targets in a SASRec batch, at most [ours]")
     sasrec_lr: float = knob(1e-3, "sasrec", "peak learning rate of SASRec [ours]")
     sasrec_pool: int = knob(50_000, "sasrec", "items a step ranks; of a larger catalogue, a sample [ours]")
     sasrec_epochs: int = knob(30, "sasrec", "passes over the users' sequences [ours]")
@@ -75,7 +75,7 @@ class Config(datasets.RunSettings):
     dropout: float = knob(0.1, "sft", "dropout of the generator [paper]", below=1)
     beam: int = knob(20, "sft", "beams of the constrained search, W [paper]")
     encoder: str = knob("causal", "sft", "items see those before [ours], or all [paper]", ("causal", "full"))
-    batch: int = knob(256, "sft", "targets in a batch [ours]")
+    batch: int = knob(256, "sft", "targets in a batch, at most [ours]")
     lr: float = knob(0.02, "sft", "peak rate of AdamW, relative to a weight's size [ours]")
     sft_epochs: float = knob(20.0, "sft", "passes over the training pairs by SFT [ours]", low=0.001)
     loss: str = knob("tb", "finetune", "fine-tuning method; sft goes on with SFT",
@@ -359,11 +359,9 @@ class Block(nn.Module):
 def relative_buckets(distance: Tensor, two_sided: bool, buckets=32, furthest=128) -> Tensor:
     """T5's bucket of each distance, a key's position - a query's: int64 of the same shape. Half of the
     buckets hold one distance each, the others grow logarithmically up to `furthest`."""
-    offset = torch.zeros_like(distance)
-    if two_sided:
-        buckets //= 2
-        offset, distance = (distance > 0) * buckets, -distance.abs()
-    distance = (-distance).clamp(min=0)
+    buckets //= 1 + two_sided
+    offset = (distance > 0) * two_sided * buckets
+    distance = distance.abs() if two_sided else (-distance).clamp(min=0)
     exact = buckets // 2
     growth = torch.log(distance.clamp(min=1) / exact) / math.log(furthest / exact)
     return offset + torch.where(distance < exact, distance,
@@ -522,9 +520,8 @@ class Catalogue(NamedTuple):
 
 def path_log_probs(model: T5, catalogue: Catalogue, memory: Memory, items: Tensor, flow=None) -> tuple:
     """How likely each step of the paths of items (B, P) is, after B histories that the encoder has read ->
-    log_pf (B, P, L), [.., l] being log P_F(s_{l+1} | s_l); log_flow (B, P, L) of s_0 .. s_{L-1}; and, for the
-    controls, log_mean (B, P, L), the mean of log P_F over all steps that the trie allows in s_l, even or, of
-    a flow (B, nodes), by where it goes from s_l."""
+    log_pf (B, P, L), [.., l] being log P_F(s_{l+1} | s_l); log_flow (B, P, L) of s_0 .. s_{L-1}; and, of a
+    flow (B, nodes), log_mean (B, P, L), the mean of log P_F over where the flow goes from s_l, else None."""
     state = model.decode_paths(F.pad(catalogue.tokens[items][..., :-1], (1, 0)), memory)
     trie, path, log_pf, log_mean = catalogue.trie, catalogue.trie.path[items], [], []
     for level in range(model.levels):
@@ -532,10 +529,11 @@ def path_log_probs(model: T5, catalogue: Catalogue, memory: Memory, items: Tenso
         child, log_probs = trie.log_probs(logits, node, level)
         slot = path[..., level + 1] - trie.first_child[node]
         log_pf.append(log_probs.gather(-1, slot[..., None]).squeeze(-1))
-        real = log_probs != -torch.inf
-        weight = real if flow is None else flow.gather(1, child.flatten(1)).view_as(child) * real
-        log_mean.append((weight * log_probs.masked_fill(~real, 0)).sum(-1) / weight.sum(-1))
-    return torch.stack(log_pf, -1), model.flow(state).squeeze(-1).float(), torch.stack(log_mean, -1)
+        if flow is not None:
+            weight = flow.gather(1, child.flatten(1)).view_as(child) * (log_probs != -torch.inf)
+            log_mean.append((weight * log_probs.masked_fill(weight == 0, 0)).sum(-1) / weight.sum(-1))
+    log_flow = model.flow(state).squeeze(-1).float()
+    return torch.stack(log_pf, -1), log_flow, torch.stack(log_mean, -1) if log_mean else None
 
 
 def curriculum_sample(scores: Tensor, pool: Tensor, exclude: Tensor, k: int, beta: float) -> Tensor:
@@ -561,10 +559,8 @@ def reward(r_aug: Tensor, r_cs: Tensor, r_sim: Tensor, parts: str = "aug,cf,sim"
 def collaborative_score(scores: Tensor, items: Tensor, scale: str = "minmax") -> Tensor:
     """r_cs in [0, 1] of items (B, P), from the collaborative model's scores (B, N) of each user. [ours]:
     scaled by their minimum and maximum; or, by their softmax, its probability over that of the best."""
-    low, high = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
-    if scale == "softmax":
-        return (scores.gather(1, items) - high).exp()
-    return (scores.gather(1, items) - low) / (high - low).clamp(min=1e-6)
+    low, high, score = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True), scores.gather(1, items)
+    return (score - high).exp() if scale == "softmax" else (score - low) / (high - low).clamp(min=1e-6)
 
 
 def shared_codes(codes: Tensor) -> Tensor:
@@ -637,12 +633,12 @@ class Paths(NamedTuple):
     items: Tensor       # (B, P)
     reward: Tensor      # (B, P) R
     weight: Tensor      # (B, P) w of Eq. 8
-    flow: Tensor | None         # (B, nodes) SASRec's softmax below each node of the trie; never 0
+    flow: Tensor | None         # (B, nodes) of the controls: SASRec's softmax below each node, never 0; or 1
     log_old: Tensor | None      # (B, P) log p by the policy that drew them
     log_ref: Tensor | None      # (B, P) log p by the reference policy
     log_pf: Tensor | None = None    # (B, P, L) log P_F of each step, by the generator in training
     log_flow: Tensor | None = None  # (B, P, L) log F of s_0 .. s_{L-1}, by the same
-    log_mean: Tensor | None = None  # (B, P, L) the mean log P_F of all steps that were possible
+    log_mean: Tensor | None = None  # (B, P, L) the mean log P_F of where the flow goes
 
     def balance(self, objective: Callable) -> Tensor:
         """The sum over paths of w * L_GFN -> (B,)."""
@@ -717,10 +713,13 @@ class FineTuning:
         frozen models say. history (B, T), target (B,) or, at the places `ends` (Q,) of a row, (B * Q,)."""
         cfg, catalogue, n_items = self.cfg, self.catalogue, len(self.catalogue.codes)
         source, n = cfg.sampler if method.source == "curriculum" else method.source, method.paths(cfg)
-        items, log_old, log_ref = target[:, None], None, None
+        items, flow, log_old, log_ref = target[:, None], None, None, None
         scored = source == "all" or "reward" in method.groups       # else the scores are dummies
         scores = self.sasrec.scores(history, ends) if scored else items.float().expand(-1, n_items)
-        flow = catalogue.trie.flows(scores.softmax(1).clamp(min=1e-20)) if source == "all" else None
+        if "smoothing" in method.groups:
+            flow = torch.ones_like(catalogue.trie.code, dtype=torch.float).expand(len(items), -1)
+        if source == "all":
+            flow = catalogue.trie.flows(scores.softmax(1).clamp(min=1e-20))
         if source in ("curriculum", "random"):
             pool = torch.randperm(n_items, device=target.device)[:cfg.pool]
             beta = cfg.easiest + progress * (cfg.hardest - cfg.easiest) if source == "curriculum" else 0.0
@@ -764,7 +763,7 @@ class FineTuning:
         if self.reference is not None and method.source != "none":
             self.model.eval()       # without dropout: the ratio of two policies must not be its noise
         if "share" in method.groups:
-            some = torch.randperm(n, device=history.device)[:math.ceil(cfg.share * n)]
+            some = torch.randperm(n, device=history.device)[:max(1, round(cfg.share * n))]
             history, target = history[some], target[some]
         return loss + self.on_paths(method, history, target, progress)
 
