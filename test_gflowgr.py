@@ -1396,13 +1396,34 @@ def test_a_gpu_is_taken_where_there_is_one(monkeypatch):
         == ["cuda", "cpu", "cuda", "cuda:1"] and taken == [1]
     with pytest.raises(DataError, match="cuda:2: torch sees no such device"):
         datasets.choose_device("cuda:2")
-
-
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(DataError, match="3 processes need as many GPUs, and torch sees 2"):
         datasets.choose_device("auto")                      # all fail alike, before they wait for each other
+
+
+@pytest.mark.parametrize("loss, encoder", [("tb", "full"), *((loss, "causal") for loss in g.METHODS)])
+def test_a_step_and_a_search_never_ask_their_device_for_a_number(monkeypatch, loss, encoder):
+    """By tensors without values, which refuse that, and operands on another device: a GPU need not wait."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    device, catalogue, causal = torch.device("meta"), small_catalogue(), encoder == "causal"
+    for name, value in vars(catalogue.trie).items():
+        setattr(catalogue.trie, name, value.to(device) if isinstance(value, torch.Tensor) else value)
+    model = small_generator(catalogue, causal=causal, dropout=0.1).to(device).train()
+    catalogue = catalogue._replace(codes=catalogue.codes.to(device), tokens=catalogue.tokens.to(device))
+    sasrec, pairs = small_sasrec().to(device), datasets.split(small_world(n_items=30), 8)["train"].to(device)
+    history, target = (pairs.windows(8) if causal else pairs).batch(torch.arange(6))
+    tuning = g.FineTuning(model, sasrec, catalogue, g.Config(loss=loss, pool=20))
+    for progress in (0.05, 0.5):
+        value = tuning.loss(history, target, progress)
+        value.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    torch.optim.AdamW(model.parameters(), 0.1, fused=False).step()
+    items, score = g.beam_search(model.eval(), catalogue, catalogue.read(model, history), 20)
+    ranks = [sasrec.loss(history, target if causal else history, pool) for pool in (20, 50)]
+    assert {x.device for x in (value, items, score, *ranks)} == {device}
 
 
 def test_bf16_is_close_to_float32():
