@@ -659,7 +659,7 @@ class Method(NamedTuple):
     source: str             # of paths beside the observed; beam, draws: the generator's; all: SASRec's flow
     paths: Callable         # Config -> how many of those
     groups: tuple           # of settings that it has
-    cost: float             # time of its training step over SFT's, measured on two cores (README)
+    cost: float             # time of its training step over that of SFT, as measured (README)
     objective: Callable     # (Paths, Config) -> (B,)
     with_sft: bool = False  # is SFT's loss, of all targets, added?
 
