@@ -676,11 +676,11 @@ METHODS = {
                    lambda y, c: dpo(*y.margins(), c.beta)),
     "sprec": Method("draws", lambda c: 1, ("share", "preference"), 0.8,     # clicked ones left out
                     lambda y, c: (y.items[:, 0] != y.items[:, 1]) * dpo(*y.margins(), c.sprec_beta)),
-    "ipa": Method("beam", lambda c: c.beam, ("lambda", "share", "reward", "preference"), 2.8,
+    "ipa": Method("beam", lambda c: c.beam, ("lambda", "share", "reward", "preference"), 2.6,
                   lambda y, c: c.lam * ipa(y.margins()[1], y.reward[:, 1:], c.beta), with_sft=True),
-    "ppo": Method("draws", lambda c: c.group, ("share", "reward", "policy"), 2.4,   # V(x): the flow at s_0
+    "ppo": Method("draws", lambda c: c.group, ("share", "reward", "policy"), 2.0,   # V(x): the flow at s_0
                   lambda y, c: ppo(*y.drawn(), y.log_flow[:, 0, 0], c.clip, c.kl)),
-    "grpo": Method("draws", lambda c: c.group, ("share", "reward", "policy"), 2.4,
+    "grpo": Method("draws", lambda c: c.group, ("share", "reward", "policy"), 2.0,
                    lambda y, c: grpo(*y.drawn(), c.clip, c.kl)),
     # Two controls that are none of the paper's: is it the balance that helps, or any spreading, any teacher?
     "smooth": Method("none", lambda c: 0, ("smoothing",), 1.0, lambda y, c: torch.lerp(
