@@ -2459,6 +2459,7 @@ def speed_table(device):
         table.append([f"T5, {name}", f"{n / sft:,.0f}", f"{n / tb:,.0f}", f"{tb / sft:.2f}",
                       f"{counter.get_total_flops() / sft / peak:.1%}",
                       f"{users_per_second(model, catalogue, pairs, device):,.0f}"])
+        print(" | ".join(table[-1]), file=sys.stderr, flush=True)
     optimiser = torch.optim.AdamW(sasrec.train().requires_grad_(True).parameters(), 1e-3, fused=True)
 
     def step(rows):
