@@ -387,7 +387,7 @@ def length_batches(lengths: torch.Tensor, batch: int, steps: int, seed: int,
     targets = torch.ones(len(lengths), dtype=torch.long) if targets is None else targets
     while steps > 0:
         order = torch.argsort(lengths + torch.rand(len(lengths), generator=generator), descending=True)
-        size, starts = (batch // targets[order]).clamp(min=1).tolist(), [0]
+        size, starts = (batch // targets[order]).clamp(min=1).tolist(), [0]     # size: if it begins here
         while starts[-1] < len(order):
             starts.append(starts[-1] + size[starts[-1]])
         chunks = order.tensor_split(starts[1:-1])

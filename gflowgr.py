@@ -716,10 +716,10 @@ class FineTuning:
         items, flow, log_old, log_ref = target[:, None], None, None, None
         scored = source == "all" or "reward" in method.groups       # else the scores are dummies
         scores = self.sasrec.scores(history, ends) if scored else items.float().expand(-1, n_items)
-        if "smoothing" in method.groups:
-            flow = torch.ones_like(catalogue.trie.code, dtype=torch.float).expand(len(items), -1)
         if source == "all":
             flow = catalogue.trie.flows(scores.softmax(1).clamp(min=1e-20))
+        elif "smoothing" in method.groups:                          # evenly over the codes that are allowed
+            flow = torch.ones_like(catalogue.trie.code, dtype=torch.float).expand(len(items), -1)
         if source in ("curriculum", "random"):
             pool = torch.randperm(n_items, device=target.device)[:cfg.pool]
             beta = cfg.easiest + progress * (cfg.hardest - cfg.easiest) if source == "curriculum" else 0.0

@@ -1084,6 +1084,16 @@ def test_draws_follow_the_policy_and_are_real_items():
     torch.testing.assert_close(found[0], log_p[items[0]].detach(), atol=1e-5, rtol=1e-5)
 
 
+def test_a_rounded_share_of_the_rows_gets_paths_one_row_at_least(monkeypatch):
+    model, sasrec, catalogue, cfg, *_ = method_setting(share=0.125)
+    tuning, rows = g.FineTuning(model, sasrec, catalogue, cfg), {}
+    monkeypatch.setattr(tuning, "on_paths",
+                        lambda method, history, *_: rows.update({method: len(history)}) or 0.0)
+    for n, some in ((1, 1), (13, 2), (17, 2), (32, 4)):
+        tuning.loss(torch.randint(30, (n, 4)), torch.randint(30, (n,)), 0.5)
+        assert rows == {g.METHODS["sft"]: n, g.METHODS["tb"]: some}
+
+
 @pytest.mark.parametrize("loss", list(g.METHODS))
 def test_what_each_method_knows_of_its_trajectories(loss):
     model, sasrec, catalogue, cfg, history, target = method_setting(loss=loss, beam=6, group=5)
