@@ -14,7 +14,7 @@ where the probability of each path is its share of all reward:
 
 Beauty, test R@10, mean of 3 seeds, n = 22,363 users: SASRec 0.0723, SFT 0.0577, then TB 0.0565 (README).
 
-Shapes, everywhere:
+Shapes, everywhere (S, S': tokens and keys of one call):
     B  rows, or histories       T  items in a history      N  items in the catalogue     U  users
     P  paths per history: 1 observed + K augmented         L  codes per item             C  codes per level
     W  beams                    d  width of a vector       H  attention heads            M  memory's tokens
@@ -256,7 +256,7 @@ class SASRec(nn.Module):
             others = torch.randint(n_items, (pool,), device=state.device)
             own = (state * self.item(label)).sum(-1, keepdim=True)
             wrong = (state @ self.item(others).T).masked_fill(others == label[:, None], -torch.inf)
-            logits, label = torch.cat([own, wrong], 1), label.masked_fill(label < n_items, 0)
+            logits, label = torch.cat([own, wrong], 1), label.masked_fill(label < n_items, 0)   # 0: own
         return F.cross_entropy(logits.float(), label, ignore_index=n_items)
 
 
@@ -419,7 +419,7 @@ class T5(nn.Module):
 
     def decode(self, tokens: Tensor, memory: Memory, past: list | None = None, depth: Tensor | None = None,
                apart: Tensor | bool = False) -> tuple[Tensor, list]:
-        """Tokens (B, P, S) of a row's P paths, P / Q for each of its Q histories in turn, the very first 0 ->
+        """Tokens (B, P, S) of paths that begin with 0, a row's P / Q for each of its Q histories in turn ->
         states (B, P, S, d), the cache. State l is s_l: it has read y_1 .. y_l and predicts y_{l+1}. After
         `past`, the cache of earlier steps, S counts new ones. If the S tokens are a tree: their depth (S,),
         and who may not see whom (S, S)."""
@@ -440,7 +440,7 @@ class T5(nn.Module):
         (batch, paths, steps), device = tokens.shape, tokens.device
         depth = F.pad(torch.arange(1, steps, device=device).repeat(paths), (1, 0))
         path = F.pad(torch.arange(paths, device=device).repeat_interleave(steps - 1), (1, 0), value=-1)
-        apart = (path != path[:, None]) & (path >= 0)
+        apart = (path != path[:, None]) & (path >= 0)       # [who, whom]: another path; all may see s_0
         tree = torch.cat([tokens[:, 0, :1], tokens[..., 1:].flatten(1)], 1)
         tree = tree.view(len(memory.bias), -1, tree.shape[1])                     # (B, Q, 1 + P * (S - 1))
         state = self.decode(tree, memory, None, depth, apart)[0].flatten(0, 1)[:, None]
@@ -456,7 +456,7 @@ class T5(nn.Module):
 # ================================================================================================= 5. trie
 
 class Trie:
-    """Which prefixes of codes are items: a tree in O(items) memory, its nodes numbered level by level.
+    """Which prefixes of codes lead to items: a tree in O(items) memory, its nodes numbered level by level.
     The children of node n are neighbours: first_child[n] .. first_child[n] + n_children[n] - 1, and code[c]
     leads to child c. path[i], L + 1 nodes, leads from the root, node 0, to item i."""
 
@@ -539,11 +539,11 @@ def path_log_probs(model: T5, catalogue: Catalogue, memory: Memory, items: Tenso
 def curriculum_sample(scores: Tensor, pool: Tensor, exclude: Tensor, k: int, beta: float) -> Tensor:
     """K items per user, easy ones (low scores) at beta < 0, hard ones at beta > 0, any at 0 (Section 3.1).
     Gumbel top-K, a draw without replacement from softmax(beta * z), z the standardised score. [ours]: the
-    temperature makes the paper's order soft, a pool of M items makes a step cost O(B * M).
-    scores (B, M) of the pool's items, pool (M,) ids, exclude (B, T) ids never drawn -> ids (B, k)."""
+    temperature makes the paper's order soft; the draw is from a pool of N' items that the batch shares.
+    scores (B, N') of the pool's items, pool (N',) ids, exclude (B, T) ids never drawn -> ids (B, k)."""
     z = (scores - scores.mean(1, keepdim=True)) / scores.std(1, correction=0, keepdim=True).clamp(min=1e-6)
     gumbel = -(-torch.rand_like(z).log()).log()
-    clicked = (pool[:, None] == exclude[:, None]).any(-1)                           # (B, M)
+    clicked = (pool[:, None] == exclude[:, None]).any(-1)                           # (B, N')
     return pool[(beta * z + gumbel).masked_fill(clicked, -torch.inf).topk(k).indices]
 
 
@@ -659,7 +659,7 @@ class Method(NamedTuple):
     source: str             # of paths beside the observed; beam, draws: the generator's; all: SASRec's flow
     paths: Callable         # Config -> how many of those
     groups: tuple           # of settings that it has
-    cost: float             # time of its training step over that of SFT, as measured (README)
+    cost: float             # time of its step over SFT's, about what was measured (README)
     objective: Callable     # (Paths, Config) -> (B,)
     with_sft: bool = False  # is SFT's loss, of all targets, added?
 
@@ -714,7 +714,7 @@ class FineTuning:
         cfg, catalogue, n_items = self.cfg, self.catalogue, len(self.catalogue.codes)
         source, n = cfg.sampler if method.source == "curriculum" else method.source, method.paths(cfg)
         items, flow, log_old, log_ref = target[:, None], None, None, None
-        scored = source == "all" or "reward" in method.groups       # else the scores are dummies
+        scored = source == "all" or "reward" in method.groups       # else dummies: all items score alike
         scores = self.sasrec.scores(history, ends) if scored else items.float().expand(-1, n_items)
         if source == "all":
             flow = catalogue.trie.flows(scores.softmax(1).clamp(min=1e-20))
@@ -731,7 +731,7 @@ class FineTuning:
             items = torch.cat([items, drawn], 1)
             if self.old is self.reference or "policy" in method.groups:
                 log_ref = log_old = path_log_probs(self.old, catalogue, memory, items)[0].sum(-1)
-        if self.reference not in (None, self.old) and source != "none":
+        if self.reference not in (None, self.old) and source != "none":     # all that have one but sprec
             memory = catalogue.read(self.reference, history, ends)
             log_ref = path_log_probs(self.reference, catalogue, memory, items)[0].sum(-1)
         r_aug = (items == items[:, :1]).float()
@@ -757,11 +757,11 @@ class FineTuning:
         alone. history (B, T), progress in [0, 1], target (B,) or, of a causal encoder, (B, T): the item after
         each item, N where padded. [ours]: paths beside the observed are for a random share of the rows."""
         cfg, n = self.cfg, len(history)
-        first_half = -progress * cfg.iterations % 1 >= 0.5  # of an iteration of sprec: SFT; the other: DPO
+        first_half = -progress * cfg.iterations % 1 >= 0.5  # sprec: SFT in (0, 1/2] of an iteration, then DPO
         method = METHODS["sft" if cfg.loss == "sprec" and first_half else cfg.loss]
         loss = self.on_paths(METHODS["sft"], history, target, progress) if method.with_sft else 0.0
         if self.reference is not None and method.source != "none":
-            self.model.eval()       # without dropout: the ratio of two policies must not be its noise
+            self.model.eval()       # dropout's noise would enter the ratio of two policies
         if "share" in method.groups:
             some = torch.randperm(n, device=history.device)[:max(1, round(cfg.share * n))]
             history, target = history[some], target[some]
@@ -820,7 +820,7 @@ def beam_search(model: T5, catalogue: Catalogue, memory: Memory, beam: int,
         past = [(keys[parent], values[parent]) for keys, values in past] if level else None
         state, past = model.decode(token.reshape(rows, -1, 1), memory, past)
         logits = model.code_logits(state.view(*token.shape, -1), level)
-        child, log_probs = trie.log_probs(logits, node, level)                      # (B, W, width)
+        child, log_probs = trie.log_probs(logits, node, level)                      # (B, 1 or W, width)
         total, width = (score[..., None] + log_probs).flatten(1), child.shape[-1]
         if draws:                           # the argmax of log p + Gumbel noise is a draw from p
             noise = -torch.empty_like(log_probs).exponential_().log()
@@ -940,7 +940,7 @@ def generator(cfg: Config, catalogue: Catalogue) -> T5:
 
 
 def train_generator(run: Run, stage: str, catalogue: Catalogue, sasrec: SASRec, initial: dict) -> T5:
-    """Stage sft: a fresh generator, by SFT. Stage finetune: by --loss, from its state, `initial`."""
+    """Stage sft: SFT, from scratch. Stage finetune: --loss, from `initial`, or from scratch if so set."""
     cfg = run.cfg if stage == "finetune" else dataclasses.replace(run.cfg, loss="sft", from_scratch=True)
     torch.manual_seed(run.seed(stage))
     model = run.compiled(generator(cfg, catalogue).to(run.device), "encoder", "decoder")
