@@ -723,7 +723,8 @@ class FineTuning:
         if source in ("curriculum", "random"):
             pool = torch.randperm(n_items, device=target.device)[:cfg.pool]
             beta = cfg.easiest + progress * (cfg.hardest - cfg.easiest) if source == "curriculum" else 0.0
-            clicked = torch.cat([history.repeat_interleave(len(items) // len(history), 0), items], 1)
+            clicked = torch.cat([history, target.view(len(history), -1)], 1)        # by the whole row
+            clicked = clicked.repeat_interleave(len(items) // len(history), 0)
             items = torch.cat([items, curriculum_sample(scores[:, pool], pool, clicked, n, beta)], 1)
         if source in ("beam", "draws"):
             memory, draws = catalogue.read(self.old, history, ends), source == "draws"
