@@ -29,7 +29,6 @@ import dataclasses
 import itertools
 import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
@@ -43,7 +42,7 @@ from data import DataError, Journal, Run, knob
 
 # ============================================================================================= 1. settings
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config(datasets.RunSettings):
     """Every setting but data.py's. [paper]: as the paper, TIGER or LETTER has it; [ours]: our choice."""
     backbone: str = knob("tiger", "codes", "TIGER's RQ-VAE, or LETTER's", ("tiger", "letter"))
@@ -419,10 +418,9 @@ class T5(nn.Module):
 
     def decode(self, tokens: Tensor, memory: Memory, past: list | None = None, depth: Tensor | None = None,
                apart: Tensor | bool = False) -> tuple[Tensor, list]:
-        """Tokens (B, P, S) of paths that begin with 0, a row's P / Q for each of its Q histories in turn ->
-        states (B, P, S, d), the cache. State l is s_l: it has read y_1 .. y_l and predicts y_{l+1}. After
-        `past`, the cache of earlier steps, S counts new ones. If the S tokens are a tree: their depth (S,),
-        and who may not see whom (S, S)."""
+        """Tokens (B, P, S) of paths from 0 on, a row's P / Q for each of its Q histories in turn -> states
+        (B, P, S, d), the cache. State l is s_l: it has read y_1 .. y_l and predicts y_{l+1}. After `past`,
+        the cache of earlier steps, S counts new ones. Of a tree: depth (S,), who may not see whom (S, S)."""
         steps = tokens.shape[2]
         if depth is None:
             depth = torch.arange(steps + (past[0][0].shape[2] if past else 0), device=tokens.device)
@@ -741,12 +739,11 @@ class FineTuning:
         weight = confidence(r_aug, r_cs) if cfg.confidence else torch.ones_like(r_cs)
         return Paths(items, reward(r_aug, r_cs, r_sim, cfg.reward), weight, flow, log_old, log_ref)
 
-    def on_paths(self, method: Method, history: Tensor, target: Tensor, progress: float) -> Tensor:
-        """A method's objective, its mean over the targets that are none of the padding; see `loss`."""
+    def term(self, method: Method, history: Tensor, target: Tensor, progress: float, ends, memory) -> Tensor:
+        """A method's objective, its mean over the targets but the padding; see `loss`. No memory: read it."""
         real, model, catalogue = (target < len(self.catalogue.codes)).flatten(), self.model, self.catalogue
-        ends = torch.arange(target.shape[1], device=target.device) if target.dim() == 2 else None
         paths = self.trajectories(method, history, target.flatten() * real, progress, ends)
-        memory = catalogue.read(model, history, ends)
+        memory = memory or catalogue.read(model, history, ends)
         log_pf, log_flow, log_mean = path_log_probs(model, catalogue, memory, paths.items, paths.flow)
         if "gflownet" in method.groups and self.cfg.z == "scalar":
             log_flow = torch.cat([(10 * model.scalar_z).expand_as(log_flow[..., :1]), log_flow[..., 1:]], -1)
@@ -757,16 +754,20 @@ class FineTuning:
         """The method's loss, its mean over targets -> scalar; Eq. 7 for tb and db. Gradients reach the model
         alone. history (B, T), progress in [0, 1], target (B,) or, of a causal encoder, (B, T): the item after
         each item, N where padded. [ours]: paths beside the observed are for a random share of the rows."""
-        cfg, n = self.cfg, len(history)
+        cfg, n, loss, memory = self.cfg, len(history), 0.0, None
+        ends = torch.arange(target.shape[1], device=target.device) if target.dim() == 2 else None
         first_half = -progress * cfg.iterations % 1 >= 0.5  # sprec: SFT in (0, 1/2] of an iteration, then DPO
         method = METHODS["sft" if cfg.loss == "sprec" and first_half else cfg.loss]
-        loss = self.on_paths(METHODS["sft"], history, target, progress) if method.with_sft else 0.0
+        if method.with_sft:         # one reading for both terms, but where the second has no dropout
+            memory = None if self.reference is not None else self.catalogue.read(self.model, history, ends)
+            loss = self.term(METHODS["sft"], history, target, progress, ends, memory)
         if self.reference is not None and method.source != "none":
             self.model.eval()       # dropout's noise would enter the ratio of two policies
         if "share" in method.groups:
             some = torch.randperm(n, device=history.device)[:max(1, round(cfg.share * n))]
             history, target = history[some], target[some]
-        return loss + self.on_paths(method, history, target, progress)
+            memory = memory and Memory([(k[some], v[some]) for k, v in memory.layers], memory.bias[some])
+        return loss + self.term(method, history, target, progress, ends, memory)
 
 
 # ============================================================================================= 9. training
@@ -882,8 +883,7 @@ def train_codes(run: Run, vectors: Tensor, collaborative: Tensor, journal: Journ
                 quantiser.clusters.copy_(torch.stack([datasets.balanced_clusters(
                     codebook, kmeans(codebook, min(10, len(codebook)))) for codebook in quantiser.codebooks]))
 
-    with torch.no_grad():
-        quantiser.initialise(model.encoder(vectors))
+    quantiser.initialise(model.encoder(vectors))
     tidy(0)
     batches = datasets.length_batches(torch.zeros(len(vectors)), 1024, steps, cfg.seed)     # shuffled
     optimiser = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.0, fused=True)

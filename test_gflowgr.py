@@ -1098,7 +1098,7 @@ def test_draws_follow_the_policy_and_are_real_items():
 def test_a_rounded_share_of_the_rows_gets_paths_one_row_at_least(monkeypatch):
     model, sasrec, catalogue, cfg, *_ = method_setting(share=0.125)
     tuning, rows = g.FineTuning(model, sasrec, catalogue, cfg), {}
-    monkeypatch.setattr(tuning, "on_paths",
+    monkeypatch.setattr(tuning, "term",
                         lambda method, history, *_: rows.update({method: len(history)}) or 0.0)
     for n, some in ((1, 1), (13, 2), (17, 2), (32, 4)):
         tuning.loss(torch.randint(30, (n, 4)), torch.randint(30, (n,)), 0.5)
@@ -1234,30 +1234,41 @@ def test_no_gradient_reaches_the_teacher_but_all_of_the_generator():
     assert without == {"scalar_z"}
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5])
 @pytest.mark.parametrize("loss, balance", [("tb", g.trajectory_balance), ("db", g.detailed_balance)])
-def test_method_loss_is_equation_7(loss, balance):
-    model, sasrec, catalogue, cfg, history, target = method_setting(loss=loss)
+def test_method_loss_is_equation_7(loss, balance, share):
+    model, sasrec, catalogue, cfg, history, target = method_setting(loss=loss, share=share)
     torch.manual_seed(5)
     value = loss_of(model, sasrec, catalogue, cfg, history, target, 0.3)
+    with torch.no_grad():
+        total = -log_probs(model, catalogue, history, target[:, None])[0].sum().item() / 4
     torch.manual_seed(5)
-    some = torch.randperm(4)                            # in this order the histories get their paths
+    some = torch.randperm(4)[:round(4 * share)]         # in this order the histories get their paths
     history, target = history[some], target[some]
     tuning = g.FineTuning(model, sasrec, catalogue, cfg)
     items = tuning.trajectories(g.METHODS[loss], history, target, 0.3).items
     with torch.no_grad():
         log_pf, log_flow = log_probs(model, catalogue, history, items)
-    total, codes = 0.0, catalogue.codes.tolist()
-    for b in range(4):
+    codes = catalogue.codes.tolist()
+    for b in range(len(some)):
         scores = sasrec.scores(history)[b].tolist()
-        total -= log_pf[b, 0].sum().item()
         for path, item in enumerate(items[b].tolist()):
             r_cs = (scores[item] - min(scores)) / (max(scores) - min(scores))
             r_aug = float(item == target[b])
             r_sim = sum(x == y for x, y in zip(codes[item], codes[target[b]])) / 3
             log_reward = torch.tensor(math.log(max(r_aug + r_cs + r_sim, 1e-4)))
             residual = balance(log_pf[b, path], log_flow[b, path], log_reward).item()
-            total += 0.5 * (1 - abs(r_aug - r_cs)) * residual
-    torch.testing.assert_close(value.item(), total / 4, rtol=1e-4, atol=1e-4)
+            total += 0.5 * (1 - abs(r_aug - r_cs)) * residual / len(some)
+    torch.testing.assert_close(value.item(), total, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("loss, readings", [("sft", 1), ("tb", 1), ("ipa", 2), ("grpo", 1)])
+def test_the_encoder_reads_a_batch_once_but_where_one_term_has_dropout_and_the_other_not(loss, readings):
+    model, sasrec, catalogue, cfg, history, target = method_setting(loss=loss)
+    tuning, encode, training = g.FineTuning(model.train(), sasrec, catalogue, cfg), model.encode, []
+    model.encode = lambda *rows: training.append(model.training) or encode(*rows)
+    tuning.loss(history, target, 0.3)
+    assert len(training) == readings and training[-1] == (loss in ("sft", "tb"))
 
 
 def test_ablations_change_what_they_name():
