@@ -2373,25 +2373,28 @@ BEAUTY_LENGTHS = [22363, 22363, 15201, 10980, 8300, 6489, 5123, 4242, 3547, 2989
 TIGER = dict(heads=6, d_kv=64, d_ff=1024, layers=4)
 SIZES = {"TIGER's size": TIGER, "TIGER's size, full encoder": {**TIGER, "encoder": "full"},
          "default size": {}, "default size, full encoder": {"encoder": "full"}}
-RUNS, STEPS = 3, 8
+RUNS, STEPS = 5, 8
 
 
-def seconds(work, device, runs=RUNS, warm_up=1):
-    """The median time of work() over `runs` calls, after `warm_up` more."""
-    times = []
+def seconds(device, *works, runs=RUNS, warm_up=1):
+    """The median time of each of works() over `runs` rounds, after `warm_up` more. They take turns, so that
+    what slows the machine down for a while does it to all of them."""
+    rounds = []
     for _ in range(warm_up + runs):
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[warm_up:])
+        rounds.append([])
+        for work in works:
+            start = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            rounds[-1].append(time.perf_counter() - start)
+    return [statistics.median(times) for times in zip(*rounds[warm_up:])]
 
 
 def matrix_peak(device, size=4096):
     """Operations per second of one large matrix product, in the type that is trained in."""
     a, b = torch.randn(2, size, size, device=device, dtype=datasets.compute_type(device, "auto"))
-    return 2 * size ** 3 / seconds(lambda: a @ b, device, 7, 3)
+    return 2 * size ** 3 / seconds(device, lambda: a @ b, runs=7, warm_up=3)[0]
 
 
 def pairs_like_beauty(n_items=12101, n=60_000, every=False):
@@ -2455,7 +2458,7 @@ def standard_training(n):
         optimiser.step()
         optimiser.zero_grad()
 
-    return 256 / seconds(step, torch.device("cpu"), n)
+    return 256 / seconds(torch.device("cpu"), step, runs=n)[0]
 
 
 @torch.no_grad()
@@ -2469,7 +2472,7 @@ def users_per_second(model, catalogue, pairs, device, beam=20):
                 g.beam_search(model, catalogue, catalogue.read(model, pairs.batch(rows)[0]), beam)
 
     model.eval()
-    return sum(map(len, batches)) / seconds(search, device)
+    return sum(map(len, batches)) / seconds(device, search)[0]
 
 
 def speed_table(device):
@@ -2483,11 +2486,10 @@ def speed_table(device):
         batches = batches_of(examples, 256, STEPS)
         n = int(examples.targets()[torch.cat(batches)].sum())
         train, model = training("sft", size, catalogue, sasrec.eval(), examples, device)
-        sft = seconds(lambda: train(batches), device)
         with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
             train(batches)
         balance, _ = training("tb", size, catalogue, sasrec, examples, device)
-        tb = seconds(lambda: balance(batches), device)
+        sft, tb = seconds(device, lambda: train(batches), lambda: balance(batches))
         table.append([f"T5, {name}", f"{n / sft:,.0f}", f"{n / tb:,.0f}", f"{tb / sft:.2f}",
                       f"{counter.get_total_flops() / sft / peak:.1%}",
                       f"{users_per_second(model, catalogue, pairs, device):,.0f}"])
@@ -2502,7 +2504,7 @@ def speed_table(device):
         optimiser.zero_grad()
 
     batches = batches_of(together, 768, STEPS)
-    took = seconds(lambda: [step(rows) for rows in batches], device)
+    took, = seconds(device, lambda: [step(rows) for rows in batches])
     table.append(["SASRec", f"{together.targets()[torch.cat(batches)].sum() / took:,.0f}", "", "", "", ""])
     if device.type == "cpu" and importlib.util.find_spec("transformers"):
         table.append(["Hugging Face T5, TIGER's size", f"{apart(standard_training, RUNS):,.0f}", *[""] * 4])
@@ -2556,7 +2558,7 @@ def scaled_stage(stage, n_items):
                 sasrec.loss(history[:128], history[128:], 50_000).backward()
             optimiser.step()
             optimiser.zero_grad()
-    took = seconds(work, device)
+    took, = seconds(device, work)
     return took, most_memory() - start
 
 
