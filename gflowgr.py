@@ -877,13 +877,12 @@ def train_codes(run: Run, vectors: Tensor, collaborative: Tensor, journal: Journ
     @torch.no_grad()
     def tidy(step: int) -> None:
         if step % max(steps // 15, 1) == 0:
-            if 0 < step < 0.8 * steps:              # afterwards the codes must come to rest
-                quantiser.restart_dead_codes(model.encoder(vectors))
+            if step < 0.8 * steps:                  # afterwards the codes must come to rest
+                (quantiser.restart_dead_codes if step else quantiser.initialise)(model.encoder(vectors))
             if even_codes:
                 quantiser.clusters.copy_(torch.stack([datasets.balanced_clusters(
                     codebook, kmeans(codebook, min(10, len(codebook)))) for codebook in quantiser.codebooks]))
 
-    quantiser.initialise(model.encoder(vectors))
     tidy(0)
     batches = datasets.length_batches(torch.zeros(len(vectors)), 1024, steps, cfg.seed)     # shuffled
     optimiser = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.0, fused=True)
