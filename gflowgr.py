@@ -18,7 +18,7 @@ Shapes, everywhere (S, S': tokens and keys of one call):
     B  rows, or histories       T  items in a history      N  items in the catalogue     U  users
     P  paths per history: 1 observed + K augmented         L  codes per item             C  codes per level
     W  beams                    d  width of a vector       H  attention heads            M  memory's tokens
-    Q  histories that a row of a batch stands for: the whole of it alone, or each of its beginnings
+    Q  histories read from one row: the whole of it, or beginnings (what is per history has B * Q for B)
 The id N pads short histories. A trajectory y = (y_1 .. y_L) walks s_0 -> s_1 -> .. -> s_L down a tree: every
 state has one parent, so log P_B = 0, and P_F(s_l | s_{l-1}) is the generator's p(y_l | x, y_<l).
 """
@@ -34,7 +34,7 @@ from typing import Callable, Iterator, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 
 import data as datasets
 from data import DataError, Journal, Run, knob
@@ -47,7 +47,7 @@ class Config(datasets.RunSettings):
     """Every setting but data.py's. [paper]: as the paper, TIGER or LETTER has it; [ours]: our choice."""
     backbone: str = knob("tiger", "codes", "TIGER's RQ-VAE, or LETTER's", ("tiger", "letter"))
     codes: str = knob("", "codes", "a NAME.index.json of ready codes (LETTER's format), not our RQ-VAE's")
-    levels: int = knob(3, "codes", "codebooks; one more code makes each path unique [paper]", below=26)
+    levels: int = knob(3, "codes", "codebooks; one more code tells twins apart [paper]", below=26)
     codebook_size: int = knob(256, "codes", "codes per level, C [paper]")
     code_dim: int = knob(32, "codes", "dimensions of a code vector [paper]")
     commitment: float = knob(0.25, "codes", "weight of the commitment loss [paper]")
@@ -84,7 +84,7 @@ class Config(datasets.RunSettings):
     finetune_seed: int = knob(-1, "finetune", "seed of the fine-tuning alone; -1: the same as --seed", low=-1)
     finetune_lr: float = knob(0.003, "finetune", "peak rate of AdamW in the fine-tuning [ours]")
     lam: float = knob(0.01, "lambda", "lambda of Eq. 7, weight of what tb, db and ipa add [ours]")
-    share: float = knob(0.125, "share", "of rows that get paths beside the observed [ours]", (), 1e-3, 1.001)
+    share: float = knob(0.125, "share", "of rows, in all but SFT's loss [ours]", low=1e-3, below=1.001)
     pool: int = knob(512, "pool", "random items that unclicked ones are chosen from, per batch [ours]")
     reward: str = knob("aug,cf,sim", "reward", "parts of the reward [paper]",
                        ("aug,cf,sim", "aug,cf", "aug,sim", "cf,sim", "aug", "cf", "sim"))
@@ -340,16 +340,16 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor, memory: tuple | None = None,
                 past: tuple | None = None) -> tuple[Tensor, tuple]:
-        """x (B * P, S, d) -> x, and the keys and values (B * P, H, S', d_kv) that a later step attends to.
-        memory: keys, values (B, H, M, d_kv) and bias of the rows; all P paths of a row ask the same memory,
-        so it is never repeated (an encoder has P = 1). past: those of earlier steps."""
+        """x (B * Q * P, S, d) -> x, and the keys and values (B * Q * P, H, S', d_kv) for later steps. memory:
+        keys, values (B, H, M, d_kv) and bias of the rows; all Q * P paths of a row ask the same memory, so it
+        is never repeated (an encoder has Q = P = 1). past: keys and values of earlier steps."""
         h = self.norms[0](x)
         present = self.attention.keys_values(h)
         if past is not None:
             present = tuple(torch.cat(pair, 2) for pair in zip(past, present))
         x = self.dropout(self.attention(h, *present, bias), onto=x)
         if self.cross is not None:
-            h = self.norms[1](x).view(len(memory[0]), -1, x.shape[-1])              # (B, P * S, d)
+            h = self.norms[1](x).view(len(memory[0]), -1, x.shape[-1])              # (B, Q * P * S, d)
             x = self.dropout(self.cross(h, *memory).view(x.shape), onto=x)
         h = self.wo(self.dropout(self.wi(self.norms[-1](x)).relu()))
         return self.dropout(h, onto=x), present
@@ -391,7 +391,7 @@ class T5(nn.Module):
             nn.init.normal_(table.weight, std=d_model ** -0.5)
         self.encoder_norm, self.decoder_norm = RMSNorm(d_model), RMSNorm(d_model)
         self.flow = linear(d_model, 1, d_model ** -0.5)
-        self.scalar_z = nn.Parameter(torch.ones(()))    # log Z / 10 of all users: near 1, for relative steps
+        self.scalar_z = nn.Parameter(torch.ones(()))    # log Z / 10: steps are relative to its size, so not 0
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens (..) -> (.., d). Under autocast the residual stream has autocast's type from here on."""
@@ -401,8 +401,8 @@ class T5(nn.Module):
         return self.dropout(x)
 
     def encode(self, tokens: Tensor, ends: Tensor | None = None) -> Memory:
-        """Tokens (B, M) of histories, 0 where padded -> Memory. Runs once for all paths; if causal, also for
-        the Q histories of a row that end at the places `ends` (Q,)."""
+        """Tokens (B, M) of rows that hold an item, 0 where padded -> Memory. Runs once for all paths; if
+        causal, also for the Q histories of a row that end at the places `ends` (Q,)."""
         assert ends is None or self.causal, "a full encoder has seen what comes after an end"
         x, position = self.embed(tokens), torch.arange(tokens.shape[1], device=tokens.device)
         item, pad = position // self.levels, (tokens == 0)[:, None, None]           # pad: (B, 1, 1, M)
@@ -418,16 +418,16 @@ class T5(nn.Module):
 
     def decode(self, tokens: Tensor, memory: Memory, past: list | None = None, depth: Tensor | None = None,
                apart: Tensor | bool = False) -> tuple[Tensor, list]:
-        """Tokens (B, P, S) of paths from 0 on, a row's P / Q for each of its Q histories in turn -> states
-        (B, P, S, d), the cache. State l is s_l: it has read y_1 .. y_l and predicts y_{l+1}. After `past`,
-        the cache of earlier steps, S counts new ones. Of a tree: depth (S,), who may not see whom (S, S)."""
-        steps = tokens.shape[2]
+        """Tokens (B, Q * P, S), from 0 on, of P paths for each of a row's Q histories in turn -> states
+        (B, Q * P, S, d), cache. State l is s_l: it has read y_1 .. y_l, predicts y_{l+1}. After `past`, the
+        cache of earlier steps, S counts new ones. Of a tree: depth (S,), who may not see whom (S, S)."""
+        steps, cache = tokens.shape[2], []
         if depth is None:
             depth = torch.arange(steps + (past[0][0].shape[2] if past else 0), device=tokens.device)
-        x, distance = self.embed(tokens).flatten(0, 1), depth - depth[-steps:, None]    # (B P, S, d), (S, S')
+        x, distance = self.embed(tokens).flatten(0, 1), depth - depth[-steps:, None]    # (BQP, S, d), (S, S')
         bias = self.decoder_bias(relative_buckets(distance, False)).permute(2, 0, 1)
-        bias, cache = bias.masked_fill((distance > 0) | apart, -torch.inf).to(x.dtype), []
-        seen = memory.bias.repeat_interleave(tokens[0].numel() // memory.bias.shape[2], 2)  # (B, 1, P * S, M)
+        bias = bias.masked_fill((distance > 0) | apart, -torch.inf).to(x.dtype)
+        seen = memory.bias.repeat_interleave(tokens[0].numel() // memory.bias.shape[2], 2)  # (B, 1, QPS, M)
         for i, block in enumerate(self.decoder):
             x, present = block(x, bias, (*memory.layers[i], seen), past[i] if past else None)
             cache.append(present)
@@ -463,15 +463,15 @@ class Trie:
         base, start, count, node = int(codes.max()) + 1, 0, 1, torch.zeros_like(codes[:, 0])
         path, code, first, n_children, self.width = [node], [node[:1]], [], [], []
         for column in codes.T:
-            key, local = torch.unique((node - start) * base + column, return_inverse=True)
+            key, local = torch.unique((node - start) * base + column, return_inverse=True)   # (parent, code)
             n_children.append(torch.bincount(key // base, minlength=count))
             first.append(start + count + n_children[-1].cumsum(0) - n_children[-1])
             code.append(key % base)
             self.width.append(int(n_children[-1].max()))         # most children of any node of this level
             start, count = start + count, len(key)
-            node = start + local
+            node = start + local                                # each item's node, one level down
             path.append(node)
-        if count != len(codes):
+        if count != len(codes):                                 # each item needs a leaf of its own
             raise ValueError(f"{len(codes)} items have only {count} different paths of codes")
         self.path, self.code = torch.stack(path, 1), torch.cat(code)
         self.first_child, self.n_children = torch.cat(first), torch.cat(n_children)
@@ -538,7 +538,7 @@ def curriculum_sample(scores: Tensor, pool: Tensor, exclude: Tensor, k: int, bet
     """K items per user, easy ones (low scores) at beta < 0, hard ones at beta > 0, any at 0 (Section 3.1).
     Gumbel top-K, a draw without replacement from softmax(beta * z), z the standardised score. [ours]: the
     temperature makes the paper's order soft; the draw is from a pool of N' items that the batch shares.
-    scores (B, N') of the pool's items, pool (N',) ids, exclude (B, T) ids never drawn -> ids (B, k)."""
+    scores (B, N') of the pool's items, pool (N',) ids with k others than exclude (B, T) -> ids (B, k)."""
     z = (scores - scores.mean(1, keepdim=True)) / scores.std(1, correction=0, keepdim=True).clamp(min=1e-6)
     gumbel = -(-torch.rand_like(z).log()).log()
     clicked = (pool[:, None] == exclude[:, None]).any(-1)                           # (B, N')
@@ -614,7 +614,7 @@ def clipped_loss(log_p: Tensor, log_old: Tensor, log_ref: Tensor, advantage: Ten
 
 def ppo(log_p: Tensor, log_old: Tensor, log_ref: Tensor, rewards: Tensor, value: Tensor, clip: float,
         kl: float) -> Tensor:
-    """PPO: the advantage is R - V(x), whose square trains V. value (B,), the others (B, P) -> (B,)."""
+    """PPO: the advantage is A = R - V(x); A^2 / 2 trains V. value (B,), the others (B, P) -> (B,)."""
     error = rewards - value[:, None]
     return (clipped_loss(log_p, log_old, log_ref, error.detach(), clip, kl) + 0.5 * error.square()).mean(1)
 
@@ -631,7 +631,7 @@ class Paths(NamedTuple):
     items: Tensor       # (B, P)
     reward: Tensor      # (B, P) R
     weight: Tensor      # (B, P) w of Eq. 8
-    flow: Tensor | None         # (B, nodes) of the controls: SASRec's softmax below each node, never 0; or 1
+    flow: Tensor | None         # (B, nodes) smooth: all 1; exact: SASRec's softmax below each node, never 0
     log_old: Tensor | None      # (B, P) log p by the policy that drew them
     log_ref: Tensor | None      # (B, P) log p by the reference policy
     log_pf: Tensor | None = None    # (B, P, L) log P_F of each step, by the generator in training
@@ -654,7 +654,7 @@ class Paths(NamedTuple):
 
 class Method(NamedTuple):
     """A way of fine-tuning: where its trajectories come from x the objective put on them."""
-    source: str             # of paths beside the observed; beam, draws: the generator's; all: SASRec's flow
+    source: str             # of paths beside the observed; beam, draws: by `old`; all: a flow, not paths
     paths: Callable         # Config -> how many of those
     groups: tuple           # of settings that it has
     cost: float             # time of its step over SFT's, about what was measured (README)
@@ -684,7 +684,7 @@ METHODS = {
     "smooth": Method("none", lambda c: 0, ("smoothing",), 1.0, lambda y, c: torch.lerp(
                      sft(y.log_pf[:, 0]), sft(y.log_mean[:, 0]), c.smoothing)),
 }
-METHODS["exact"] = METHODS["smooth"]._replace(source="all", cost=1.3)   # not evenly: where SASRec's flow goes
+METHODS["exact"] = METHODS["smooth"]._replace(source="all", cost=1.3)   # spread as SASRec's flow is
 
 
 class FineTuning:
@@ -699,8 +699,8 @@ class FineTuning:
             self.old = self.reference if cfg.loss == "sprec" else copy.deepcopy(self.reference)
 
     def refresh(self, step: int, steps: int) -> None:
-        """After every 8 training steps, for sprec after an iteration: draw from the policy of now."""
-        times = self.cfg.iterations if self.cfg.loss == "sprec" else max(1, steps // 8)
+        """After at most 8 training steps, for sprec after an iteration: draw from the policy of now."""
+        times = self.cfg.iterations if self.cfg.loss == "sprec" else math.ceil(steps / 8)
         if self.old is not None and step * times // steps > (step - 1) * times // steps:
             self.old.load_state_dict(self.model.state_dict())
 
@@ -713,7 +713,7 @@ class FineTuning:
         source, n = cfg.sampler if method.source == "curriculum" else method.source, method.paths(cfg)
         items, flow, log_old, log_ref = target[:, None], None, None, None
         scored = source == "all" or "reward" in method.groups       # else dummies: all items score alike
-        scores = self.sasrec.scores(history, ends) if scored else items.float().expand(-1, n_items)
+        scores = self.sasrec.scores(history, ends) if scored else (0.0 * items).expand(-1, n_items)
         if source == "all":
             flow = catalogue.trie.flows(scores.softmax(1).clamp(min=1e-20))
         elif "smoothing" in method.groups:                          # evenly over the codes that are allowed
@@ -728,9 +728,9 @@ class FineTuning:
             memory, draws = catalogue.read(self.old, history, ends), source == "draws"
             drawn = beam_search(self.old, catalogue, memory, n if draws else min(n, n_items), draws)[0]
             items = torch.cat([items, drawn], 1)
-            if self.old is self.reference or "policy" in method.groups:
+            if draws:
                 log_ref = log_old = path_log_probs(self.old, catalogue, memory, items)[0].sum(-1)
-        if self.reference not in (None, self.old) and source != "none":     # all that have one but sprec
+        if self.reference not in (None, self.old) and n:        # its own; of sprec that is `old`
             memory = catalogue.read(self.reference, history, ends)
             log_ref = path_log_probs(self.reference, catalogue, memory, items)[0].sum(-1)
         r_aug = (items == items[:, :1]).float()
@@ -741,24 +741,26 @@ class FineTuning:
 
     def term(self, method: Method, history: Tensor, target: Tensor, progress: float, ends, memory) -> Tensor:
         """A method's objective, its mean over the targets but the padding; see `loss`. No memory: read it."""
-        real, model, catalogue = (target < len(self.catalogue.codes)).flatten(), self.model, self.catalogue
-        paths = self.trajectories(method, history, target.flatten() * real, progress, ends)
+        model, catalogue, items = self.model, self.catalogue, target.view(len(history), -1)
+        real = items < len(catalogue.codes)         # padding: a clicked item stands for it
+        items = items.where(real, history[:, :1]).flatten()
+        paths = self.trajectories(method, history, items, progress, ends)
         memory = memory or catalogue.read(model, history, ends)
         log_pf, log_flow, log_mean = path_log_probs(model, catalogue, memory, paths.items, paths.flow)
         if "gflownet" in method.groups and self.cfg.z == "scalar":
             log_flow = torch.cat([(10 * model.scalar_z).expand_as(log_flow[..., :1]), log_flow[..., 1:]], -1)
         paths = paths._replace(log_pf=log_pf, log_flow=log_flow, log_mean=log_mean)
-        return (method.objective(paths, self.cfg) * real).sum() / real.sum()
+        return (method.objective(paths, self.cfg) * real.flatten()).sum() / real.sum()
 
     def loss(self, history: Tensor, target: Tensor, progress: float) -> Tensor:
         """The method's loss, its mean over targets -> scalar; Eq. 7 for tb and db. Gradients reach the model
         alone. history (B, T), progress in [0, 1], target (B,) or, of a causal encoder, (B, T): the item after
-        each item, N where padded. [ours]: paths beside the observed are for a random share of the rows."""
+        each item, N where padded. [ours]: all but SFT's loss is taken of a random share of the rows."""
         cfg, n, loss, memory = self.cfg, len(history), 0.0, None
         ends = torch.arange(target.shape[1], device=target.device) if target.dim() == 2 else None
-        first_half = -progress * cfg.iterations % 1 >= 0.5  # sprec: SFT in (0, 1/2] of an iteration, then DPO
+        first_half = 0 < progress * cfg.iterations % 1 <= 0.5   # of sprec's iteration: SFT, then DPO
         method = METHODS["sft" if cfg.loss == "sprec" and first_half else cfg.loss]
-        if method.with_sft:         # one reading for both terms, but where the second has no dropout
+        if method.with_sft:         # one reading for both terms; ipa's second, without dropout, has its own
             memory = None if self.reference is not None else self.catalogue.read(self.model, history, ends)
             loss = self.term(METHODS["sft"], history, target, progress, ends, memory)
         if self.reference is not None and method.source != "none":
@@ -773,15 +775,15 @@ class FineTuning:
 # ============================================================================================= 9. training
 
 def fit(model: nn.Module, title: str, loss_of: Callable, batches: Iterator[Tensor], steps: int,
-        optimiser: torch.optim.Optimizer, journal: Journal, dtype: torch.dtype = torch.float32,
+        optimiser: optim.Optimizer, journal: Journal, dtype: torch.dtype = torch.float32,
         evaluations: int = 0, validate: Callable | None = None, after: Callable = lambda step: None,
         **others: nn.Module) -> None:
     """The one loop that trains all models. loss_of(rows, progress) -> scalar; validate() -> metrics, whose
     N@10 chooses the state to end with (without, the last); after(step) follows a step. A training that was
     cut off goes on from the journal's snapshot, in which `others` are kept, too. Raises DataError."""
     device = next(model.parameters()).device
-    rate = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(       # warm-up, then half a cosine
-        20 * (step + 1) / steps, 0.5 * (1 + math.cos(math.pi * (step + 1) / steps))))
+    rate = optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(       # warm-up, then half a cosine
+        20 * (step + 1) / steps, 0.5 * (1 + math.cos(math.pi * step / steps))))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     checks = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
     parts = dict(model=model, optimiser=optimiser, rate=rate, scaler=scaler, **others)
@@ -885,7 +887,7 @@ def train_codes(run: Run, vectors: Tensor, collaborative: Tensor, journal: Journ
 
     tidy(0)
     batches = datasets.length_batches(torch.zeros(len(vectors)), 1024, steps, cfg.seed)     # shuffled
-    optimiser = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.0, fused=True)
+    optimiser = optim.AdamW(model.parameters(), 1e-3, weight_decay=0.0, fused=True)
     fit(model, "codes", loss_of, batches, steps, optimiser, journal, after=tidy)
     with torch.no_grad():
         return model(vectors)[1].codes
@@ -923,8 +925,7 @@ def train_sasrec(run: Run) -> SASRec:
     def build(journal: Journal) -> dict:
         pairs = datasets.split(run.data, length)["train"].to(run.device).windows(length)
         steps = cfg.sasrec_epochs * math.ceil(pairs.n_targets / cfg.sasrec_batch)
-        optimiser = torch.optim.AdamW(model.parameters(), cfg.sasrec_lr, weight_decay=cfg.weight_decay,
-                                      fused=True)
+        optimiser = optim.AdamW(model.parameters(), cfg.sasrec_lr, weight_decay=cfg.weight_decay, fused=True)
         return run.train("sasrec", model, lambda history: datasets.top(model.scores(history), 20),
                          lambda history, target, _: model.loss(history, target, cfg.sasrec_pool), pairs,
                          cfg.sasrec_batch, steps, optimiser, journal)
@@ -977,9 +978,9 @@ def recommend(run_folder: str | Path, history: list[int], k: int = 10) -> list[i
 def run_all(cfg: Config) -> tuple[str, dict]:
     """All stages in order, each one kept; returns the tables of results, and the results."""
     run = Run(cfg, needs(cfg), fit, ranking_metrics)
-    source, paths, *_ = METHODS[cfg.loss]
-    if source == "random" or source == "curriculum" and cfg.sampler != "none":
-        run.check_unclicked(paths(cfg))
+    method = METHODS[cfg.loss]
+    if method.source == "random" or method.source == "curriculum" and cfg.sampler != "none":
+        run.check_unclicked(method.paths(cfg))
     sasrec = train_sasrec(run)
     catalogue = item_codes(run, sasrec)
     print(datasets.code_figures(catalogue.codes[:, :catalogue.semantic], sasrec.item.weight[:-1]))

@@ -701,6 +701,22 @@ def test_no_history_of_a_row_draws_an_item_of_the_row_as_unclicked(loss):
         assert sorted(row.tolist() + items.tolist()) == list(range(30))
 
 
+@pytest.mark.parametrize("loss", ["tb", "sdpo"])
+def test_padding_clicks_nothing(loss):
+    catalogue, (history, target) = small_catalogue(), rows_of_histories()
+    history, target = ((x + 1).clamp(max=30).where(x < 29, torch.where(x < 30, 1, 30)) for x in (history, target))
+    tuning = g.FineTuning(small_generator(catalogue, causal=True), small_sasrec(), catalogue,
+                          g.Config(loss=loss, k=20, negatives=20, pool=30, share=1.0))
+    draw, drawn = tuning.trajectories, []
+    tuning.trajectories = lambda method, *rest: drawn.append((method, draw(method, *rest))) or drawn[-1][1]
+    tuning.loss(history, target, 0.5)
+    items = drawn[-1][1].items.view(3, 5, 21)
+    assert torch.equal(items[..., 0].where(target < 30, 30), target)
+    for row in range(3):                # item 0, which nobody clicked, is drawn 20 times of 24 and more
+        assert (items[row] == 0).any()
+        assert not torch.isin(items[row, :, 1:], history[row]).any()
+
+
 def test_a_causal_encoder_draws_and_searches_after_each_end_of_a_row():
     catalogue, history = small_catalogue(), torch.randint(30, (3, 5))
     model, ends = small_generator(catalogue, causal=True), torch.tensor([4, 1, 0])
@@ -1212,6 +1228,13 @@ def test_a_policy_that_draws_follows_every_eight_steps_and_the_reference_stays()
         if torch.equal(tuning.old.flow.weight, model.flow.weight):
             caught_up.append(step)
     assert caught_up == [8, 16, 24]
+    old = copy.deepcopy(tuning.old.state_dict())
+    for step, refreshed in zip(range(1, 16), 7 * [False] + [True] + 6 * [False] + [True]):      # of 15 steps
+        with torch.no_grad():
+            model.flow.weight.add_(1.0)
+        tuning.refresh(step, 15)
+        assert torch.equal(tuning.old.flow.weight, model.flow.weight) == refreshed
+    assert not torch.equal(old["flow.weight"], tuning.old.flow.weight)
     assert all(torch.equal(weight, begun[name]) for name, weight in tuning.reference.state_dict().items())
 
 
@@ -1334,7 +1357,7 @@ def test_rates_warm_up_and_decay_to_zero():
           datasets.Journal(), after=lambda step: rates.append([x["lr"] for x in optimiser.param_groups]))
     ten_fold, rates = zip(*rates)
     assert ten_fold == pytest.approx([10 * rate for rate in rates])
-    assert [rates[0], rates[19], rates[39]] == pytest.approx([0.25, 0.25, 0.0])
+    assert [rates[0], rates[20], rates[39]] == pytest.approx([0.25, 0.25, 0.25 * (1 - math.cos(math.pi / 40))])
     assert max(rates) == max(rates[1:4])
 
 
