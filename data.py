@@ -70,7 +70,7 @@ PRESETS = {  # --dataset -> defaults of its own
                 finetune_epochs=2.0, evaluations=4, valid_users=1000)}
 
 
-NO_MEMORY = "allocate|out of memory"       # torch has no exception of its own for that on a CPU
+NO_MEMORY = "allocate|out of memory|ALLOC_FAILED"       # torch has no exception of its own for that on a CPU
 
 
 class DataError(Exception):
@@ -142,7 +142,7 @@ def fetch(url: str, timeout: float = 30.0, most: int = 1 << 28, patience: float 
                 if max(received, size) > most:
                     raise OSError(errno.EFBIG, f"more than the {most:,} bytes that a file may have")
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"not all there after {patience:.0f} s")
+                    raise OSError(errno.ETIME, f"not all there after {patience:.0f} s")
     if received < size:
         raise http.client.IncompleteRead(b"", size - received)
     return b"".join(chunks)
@@ -150,15 +150,15 @@ def fetch(url: str, timeout: float = 30.0, most: int = 1 << 28, patience: float 
 
 def fetch_patiently(url: str, pauses: tuple[float, ...] = (1.0, 4.0)) -> bytes:
     """`fetch`, tried again after each pause when the server fails (5xx) or the connection breaks."""
-    for pause in (*pauses, None):
+    for pause in pauses:
         try:
             return fetch(url)
         except (OSError, http.client.HTTPException) as error:
             refused = isinstance(error, urllib.error.HTTPError) and error.code < 500
-            if pause is None or refused or getattr(error, "errno", None) == errno.EFBIG:
+            if refused or getattr(error, "errno", None) in (errno.EFBIG, errno.ETIME):
                 raise
         time.sleep(pause)
-    raise AssertionError("unreachable")
+    return fetch(url)
 
 
 def download(dataset: str, data_dir: Path, base_url: str = BASE_URL,
@@ -255,7 +255,7 @@ def read_items(path: Path, content: dict) -> tuple[list[str], list[str]]:
         titles.append("".join(letter if letter.isprintable() else " " for letter in title))
         texts.append(f"{title} {entry.get('description') or ''}".strip())
     empty = [i for i, text in enumerate(texts) if not text]
-    if empty:
+    if empty and not processes()[0]:
         print(f'warning: {path}: {len(empty)} items have no text, the first is "{empty[0]}"; '
               "they are trained on with a zero vector", file=sys.stderr)
     return titles, texts
@@ -346,7 +346,7 @@ class Examples:
 
     def windows(self, length: int) -> Examples:
         """The same targets, each once, in as few rows: every user's sequence cut, from its end on, into
-        windows of `length` items. Needs all pairs of each user, in order."""
+        windows of `length` items. Needs all pairs of each user, in order, of histories as long."""
         count = torch.unique_consecutive(self.user, return_counts=True)[1]
         behind = torch.repeat_interleave(count.cumsum(0), count) - 1 - torch.arange(len(self))
         last = behind % length == 0
@@ -380,7 +380,7 @@ def split(data: Data, max_history: int = 20) -> dict[str, Examples]:
 def length_batches(lengths: torch.Tensor, batch: int, steps: int, seed: int,
                    targets: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
     """Rows (B,) of `steps` batches, each of histories of almost equal length, so that little is padded, and
-    of at most `batch` targets, of which each row has one or targets[row]: how many rows, the longest of them
+    of at most `batch` targets, or one row; a row has one or targets[row]: how many rows, the longest of them
     decides, so that batches of one length have one shape, whatever their rows. Which rows of a length go
     together, and in which order the batches come, changes every epoch."""
     generator = torch.Generator().manual_seed(seed)
@@ -489,7 +489,8 @@ def read_vectors(path: Path, n_items: int) -> torch.Tensor:
     wrong = np.flatnonzero(~np.isfinite(vectors).all(1))
     if len(wrong):
         raise DataError(f"{path}: row {wrong[0]} is not finite ({len(wrong)} such rows); items need numbers")
-    vectors = torch.from_numpy(vectors / np.maximum(np.abs(vectors).max(), 1e-300)).float()     # of any scale
+    vectors = vectors.astype(np.float64)
+    vectors = torch.from_numpy(vectors / max(np.abs(vectors).max(), 1e-300)).float()    # of any scale
     return vectors / vectors.square().mean().sqrt().clamp(min=1e-12)
 
 
@@ -508,7 +509,7 @@ def read_codes(path: Path, n_items: int) -> torch.Tensor:
     rows = []
     for item in map(str, range(n_items)):
         tokens = content[item] if isinstance(content[item], list) else [content[item]]
-        found = [re.fullmatch(rf"<{chr(97 + level)}_([0-9]{{1,5}})>", str(token))
+        found = [re.fullmatch(rf"<{re.escape(chr(97 + level))}_([0-9]{{1,5}})>", str(token))
                  for level, token in enumerate(tokens)]
         if not all(found) or not found or len(found) != len(content["0"]):
             raise DataError(f'{path}: item "{item}" has the codes {shown(content[item])}, but each '
@@ -541,7 +542,7 @@ def keep_memory() -> None:
         with contextlib.suppress(AttributeError):
             libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3        # names of malloc.h
             libc.mallopt(trim_threshold, 2 ** 31 - 1)
-            libc.mallopt(mmap_threshold, 2 ** 30)
+            libc.mallopt(mmap_threshold, 2 ** 30) or libc.mallopt(mmap_threshold, 2 ** 25)  # the older's most
 
 
 def check_compiler(device: torch.device) -> None:
@@ -564,7 +565,7 @@ class Nowhere(io.StringIO):
 
 
 def quiet() -> bool | None:
-    """Whether progress bars are off, as tqdm's `disable`: True, or None: off where the output is piped."""
+    """Whether progress bars are off, as tqdm's `disable`: True, or None: off where stderr is piped."""
     return isinstance(sys.stdout, Nowhere) or None
 
 
@@ -576,6 +577,8 @@ def choose_device(wanted: str) -> torch.device:
     several = processes()[1] > 1
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda:") and several:
+        raise DataError(f"--device {wanted} is one GPU for several processes; use --device cuda")
     if wanted == "cuda" and several:
         wanted, n = f"cuda:{os.environ['LOCAL_RANK']}", int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if n > torch.cuda.device_count():           # all processes see that, so none waits for another
@@ -641,14 +644,17 @@ class Step(torch.nn.Module):
         return self.loss_of(*batch)
 
 
-def data_parallel(model: torch.nn.Module, loss_of: Callable, targets: torch.Tensor, partly: bool) -> Callable:
+def data_parallel(model: torch.nn.Module, loss_of: Callable, targets: torch.Tensor) -> Callable:
     """loss_of(rows, progress), the mean over targets, such that each process computes its share of the rows
-    and the gradients are those of the whole batch, in all of them. targets: how many each row has; partly:
-    the loss may leave weights unused."""
+    and the gradients are those of the whole batch, in all of them. targets: how many each row has."""
     rank, world = processes()
     if world == 1:
         return loss_of
-    step = torch.nn.parallel.DistributedDataParallel(Step(model, loss_of), find_unused_parameters=partly)
+    weights = list(model.parameters())      # DDP would look for unused ones at each step and wait for the GPU
+    gradients = torch.autograd.grad(loss_of(torch.arange(1), 1.0), weights, allow_unused=True)
+    for weight, gradient in zip(weights, gradients):
+        weight.requires_grad_(gradient is not None)
+    step = torch.nn.parallel.DistributedDataParallel(Step(model, loss_of))
     torch.manual_seed(torch.initial_seed() + rank)      # from here on each draws noise of its own
 
     def part(rows: torch.Tensor, progress: float) -> torch.Tensor:
@@ -682,7 +688,7 @@ class Run:
         if cfg.plot and not importlib.util.find_spec("matplotlib"):
             raise DataError("--plot needs matplotlib, which is not installed: pip install matplotlib")
         self.cfg = dataclasses.replace(         # two ways to say the same are one, also for the cache
-            cfg, precision=str(self.dtype)[6:], item_vectors="" if cfg.codes else cfg.item_vectors,
+            cfg, precision=str(self.dtype)[6:],
             finetune_seed=-1 if cfg.finetune_seed == cfg.seed else cfg.finetune_seed)
         rank = processes()[0]
         if rank:                                            # what is missing, the first process downloads
@@ -693,6 +699,8 @@ class Run:
         if data.offsets.diff().max() < 4:
             raise DataError(f"{data.name}: no user has the 4 interactions that a training pair needs")
         self.check_settings()
+        self.inputs = {name: git_blob_id(Path(path).read_bytes()) for name in ("item_vectors", "codes")
+                       if (path := getattr(cfg, name))}
         self.parts = {part: pairs.to(self.device) for part, pairs in split(data, cfg.max_history).items()}
         if cfg.encoder == "causal":
             self.parts["train"] = self.parts["train"].windows(cfg.max_history)
@@ -771,8 +779,7 @@ class Run:
 
         targets = pairs.targets()
         batches = length_batches(pairs.end - pairs.start, batch, steps, torch.initial_seed(), targets)
-        loss_of = data_parallel(model, lambda rows, progress: loss(*pairs.batch(rows), progress), targets,
-                                partly=title != "sasrec")               # sft needs no flow head
+        loss_of = data_parallel(model, lambda rows, progress: loss(*pairs.batch(rows), progress), targets)
         self.fit(model, title, loss_of, batches, steps, optimiser, journal, self.dtype, self.cfg.evaluations,
                  lambda: score("valid", self.valid_rows)[1], **options)
         items, test = score("test")
@@ -794,9 +801,7 @@ class Run:
     def folder(self, stage: str) -> Path:
         """Where a stage is kept. Of the files that settings name, the content counts, not the path."""
         settings = {**self.settings(stage), "dataset": self.data.fingerprint, "format": 4}
-        for name in ("item_vectors", "codes"):
-            if settings.get(name):
-                settings[name] = git_blob_id(Path(settings[name]).read_bytes())
+        settings.update((name, blob) for name, blob in self.inputs.items() if name in settings)
         key = hashlib.sha1(json.dumps(settings).encode()).hexdigest()[:10]
         label = self.cfg.loss if stage == "finetune" else stage
         return Path(self.cfg.runs_dir) / self.data.name / f"{label}-{key}"
@@ -809,10 +814,14 @@ class Run:
 
     def kept(self, stage: str) -> dict | None:
         """What the first process finds kept of a stage, in all processes; None: it is to be done."""
-        folder, result = self.folder(stage), None
-        if processes()[0] == 0:
-            result = read_kept(folder / "checkpoint.pt")
-        return of_the_first(result)
+        folder, leads = self.folder(stage), processes()[0] == 0
+        return of_the_first(read_kept(folder / "checkpoint.pt", self.before(stage)) if leads else None)
+
+    def before(self, stage: str) -> dict[str, str]:
+        """What the stages whose settings are all among this one's gave to it, as sums. It differs where one
+        of them was lost and has been done again, by other threads or on another device."""
+        return {name: checksum(result) for name, result in self.results.items()
+                if name != stage and set(self.needs[name]) <= set(self.needs[stage])}
 
     def stage(self, stage: str, build: Callable[[Journal], dict]) -> dict:
         """The result of build(journal), seeded and timed, or what an earlier run kept of it."""
@@ -822,7 +831,7 @@ class Run:
                 result = self.kept(stage)           # another run may have done it, while this one waited
                 if result is None:
                     torch.manual_seed(self.seed(stage))
-                    journal = Journal(folder, self.cfg.save_every, self.afterwards(stage))
+                    journal = Journal(folder, self.cfg.save_every, self.afterwards(stage), self.before(stage))
                     result, origin = of_the_first(keep(journal, self.settings(stage), build)), "now kept"
         self.results[stage] = result
         print(f"{stage:<10}{result['seconds']:7.1f} s, {origin} in {folder}", flush=True)
@@ -849,7 +858,7 @@ class Run:
     def publish(self, codes: torch.Tensor) -> None:
         """Write codes (N, L) in LETTER's format beside their checkpoint."""
         index = self.folder("codes") / f"{self.data.name}.index.json"
-        if processes()[0] == 0 and not index.exists():
+        if processes()[0] == 0:
             write_atomically(index, format_codes(codes).encode())
 
 
@@ -880,16 +889,18 @@ class Journal:
     state, from which the same command goes on. Of several processes the first one writes, all of them read;
     without a folder nothing is written.
 
-    every: seconds between two snapshots; afterwards: how much longer the next training takes than this one.
+    every: seconds between two snapshots; afterwards: how much longer the next training takes than this one;
+    before: the sums of what the stage is made from.
     """
 
-    def __init__(self, folder: Path | None = None, every: float = 180.0, afterwards: float = 0.0):
-        self.folder, self.every, self.afterwards, found = folder, every, afterwards, None
+    def __init__(self, folder: Path | None = None, every: float = 180.0, afterwards: float = 0.0,
+                 before: dict[str, str] | None = None):
+        self.folder, self.every, self.afterwards, self.before, found = folder, every, afterwards, before, None
         self.writes, self.lines = folder is not None and processes()[0] == 0, None
         if self.writes:
             for part in folder.glob("*.pt.*.part"):      # of a run that was killed while it wrote
                 part.unlink()
-            found = read_kept(self.snapshot)
+            found = read_kept(self.snapshot, before)
         self.found = of_the_first(found)
         self.started = self.saved = time.perf_counter()
         if self.found:
@@ -928,7 +939,8 @@ class Journal:
     def save(self, state: dict) -> None:
         """Put the state of the training into the snapshot."""
         if self.writes:
-            write_checkpoint(self.snapshot, {**state, "seconds": self.seconds, "noted": self.lines.tell()})
+            write_checkpoint(self.snapshot, {**state, "seconds": self.seconds, "noted": self.lines.tell(),
+                                             "before": self.before})
             self.saved = time.perf_counter()
 
 
@@ -939,7 +951,7 @@ def keep(journal: Journal, settings: dict, build: Callable[[Journal], dict]) -> 
         write_atomically(journal.folder / "config.json", json.dumps(settings, indent=2).encode())
     with journal:
         result = build(journal)
-        result["seconds"] = journal.seconds
+        result.update(seconds=journal.seconds, before=journal.before)
         journal.log({name: value for name, value in result.items() if name in ("valid", "test")})
     if journal.writes:
         write_checkpoint(journal.folder / "checkpoint.pt", result)
@@ -968,18 +980,25 @@ def read_checkpoint(path: Path) -> dict:
         return {}
 
 
-def read_kept(path: Path) -> dict | None:
-    """What `write_checkpoint` wrote for this very file. None where there is none, and where it is damaged or
-    another's: then it is set aside, and that is said."""
+def checksum(result: dict) -> str:
+    """A sum of what a stage gives to those after it: its model's state, codes or vectors."""
+    parts = [*result.get("state", {}).values(), *(result[x] for x in ("codes", "vectors") if x in result)]
+    return hashlib.sha1(b"".join(part.contiguous().numpy().tobytes() for part in parts)).hexdigest()
+
+
+def read_kept(path: Path, before: dict[str, str] | None = None) -> dict | None:
+    """What `write_checkpoint` wrote for this very file, made from what has the sums `before`. None where
+    there is none, and where it is damaged or another's: then it is set aside, and that is said."""
     if not path.exists():
         return None
-    result = read_checkpoint(path)
+    result, fault, end = read_checkpoint(path), "is damaged or not of this program", "damaged"
     if result.get("of") == f"{path.parent.name}/{path.name}":
-        return result
-    aside = path.with_name(f"{path.name}.damaged")
+        if all((before or {}).get(name, part) == part for name, part in (result.get("before") or {}).items()):
+            return result
+        fault, end = "was made from other codes or models than those that are kept now", "outdated"
+    aside = path.with_name(f"{path.name}.{end}")
     os.replace(path, aside)
-    print(f"warning: {path} is damaged or not of this program; it is now {aside.name}, and what it held is "
-          "done again", file=sys.stderr)
+    print(f"warning: {path} {fault}; it is now {aside.name}, and what it held is done again", file=sys.stderr)
     return None
 
 
@@ -1066,7 +1085,8 @@ class Progress(contextlib.ExitStack):
     def resume(self) -> tuple[int, dict | None, float]:
         """The step after which the training goes on, the best state so far and its score. From a snapshot all
         parts get the states that they had; torch's random numbers go on there, too."""
-        found, device = self.journal.found, next(self.parts["model"].parameters()).device
+        found, self.journal.found = self.journal.found, None        # is large
+        device = next(self.parts["model"].parameters()).device
         if found:
             for name, part in self.parts.items():
                 part.load_state_dict(found["parts"][name])
@@ -1142,9 +1162,9 @@ PAPER_R10 = {("Beauty", "tiger", "SFT"): 0.0558, ("Beauty", "tiger", "tb"): 0.06
 @torch.no_grad()
 def code_figures(codes: torch.Tensor, vectors: torch.Tensor, neighbours: int = 10,
                  probes: int = 4096) -> str:
-    """What codes (N, L) are like, as a line: the share of each codebook that items have; the collision rate,
-    1 - distinct rows / N; and the mean share of codes that an item has in common with each of its nearest
-    items by the cosine of SASRec's vectors (N, d), over at most `probes` items."""
+    """What codes (N, L) are like, as a line: the share of used ones among a level's codes up to the highest;
+    the collision rate, 1 - distinct rows / N; and the mean share of codes that an item has in common with
+    each of its nearest items by the cosine of SASRec's vectors (N, d), over at most `probes` items."""
     unit, overlap = torch.nn.functional.normalize(vectors.float()), []
     rows = torch.linspace(0, len(codes) - 1, min(probes, len(codes)), device=codes.device).long()
     for row in rows.split(128):
@@ -1184,8 +1204,9 @@ def summary(run: Run, scores: Callable, r_cs: Callable) -> tuple[str, dict]:
     test = run.metrics(popular, run.data.items[run.data.offsets[1:] - 1])
     if run.data.liked is not None:
         test["liked"] = liked_unseen(popular, run.data)
+    last = f"{'only' if run.cfg.from_scratch else 'then'} {run.cfg.loss}"
     results = {"popularity": {"test": test, "top": popular}, "SASRec": run.results["sasrec"],
-               "SFT": run.results["sft"], f"then {run.cfg.loss}": run.results["finetune"]}
+               "SFT": run.results["sft"], last: run.results["finetune"]}
     parts = [results_table(run, results)]
     if run.cfg.diversity:
         parts.append(diversity_table(run, results, scores, r_cs))
@@ -1207,9 +1228,10 @@ def several_seeds(cfg) -> tuple[str, list[int]]:
     if not re.fullmatch(r"\d{1,9}(,\d{1,9})+", seeds):
         raise DataError(f"--{name.replace('_', '-')}s {seeds} is not a list of two or more whole "
                         "numbers, as 42,43,44")
-    if len(set(seeds.split(","))) < seeds.count(",") + 1:
+    values = list(map(int, seeds.split(",")))
+    if len(set(values)) < len(values):
         raise DataError(f"--{name.replace('_', '-')}s {seeds} names a seed twice; each must be another")
-    return name, list(map(int, seeds.split(",")))
+    return name, values
 
 
 def for_each_seed(run_all: Callable, cfg) -> str:

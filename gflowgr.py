@@ -45,8 +45,8 @@ from data import DataError, Journal, Run, knob
 @dataclasses.dataclass(frozen=True)
 class Config(datasets.RunSettings):
     """Every setting but data.py's. [paper]: as the paper, TIGER or LETTER has it; [ours]: our choice."""
-    backbone: str = knob("tiger", "codes", "TIGER's RQ-VAE, or LETTER's", ("tiger", "letter"))
-    codes: str = knob("", "codes", "a NAME.index.json of ready codes (LETTER's format), not our RQ-VAE's")
+    backbone: str = knob("tiger", "backbone", "TIGER's RQ-VAE, or LETTER's", ("tiger", "letter"))
+    codes: str = knob("", "backbone", "a NAME.index.json of ready codes (LETTER's format), not our RQ-VAE's")
     levels: int = knob(3, "codes", "codebooks; one more code tells twins apart [paper]", below=26)
     codebook_size: int = knob(256, "codes", "codes per level, C [paper]")
     code_dim: int = knob(32, "codes", "dimensions of a code vector [paper]")
@@ -854,10 +854,10 @@ def ranking_metrics(recommended: Tensor, target: Tensor) -> dict[str, float]:
 def needs(cfg: Config) -> dict[str, tuple[str, ...]]:
     """Stage -> the groups of settings that its result depends on: the key of its cache."""
     letter = cfg.backbone == "letter"
-    codes = ("data", "vectors", "codes", *(("training", "sasrec", "letter") if letter else ()))
-    sft = (*codes, "training", "sft", *(("temperature",) if letter else ()))
-    return {"sasrec": ("data", "training", "sasrec"), "vectors": ("data", "vectors"), "codes": codes,
-            "sft": sft, "finetune": (*sft, "sasrec", "finetune", *METHODS[cfg.loss].groups)}
+    made = () if cfg.codes else ("vectors", "codes", *(("training", "sasrec", "letter") if letter else ()))
+    sft = ("data", "backbone", *made, "training", "sft", *(("temperature",) if letter else ()))
+    return {"sasrec": ("data", "training", "sasrec"), "vectors": ("data", *made[:1]), "sft": sft,
+            "codes": (*sft[:2], *made), "finetune": (*sft, "sasrec", "finetune", *METHODS[cfg.loss].groups)}
 
 
 def train_codes(run: Run, vectors: Tensor, collaborative: Tensor, journal: Journal) -> Tensor:

@@ -170,13 +170,17 @@ def test_redirects_are_followed_but_never_away_from_https(tiny, tmp_path):
     assert all(url.startswith("https://") for url in (datasets.BASE_URL,))
 
 
-def test_a_server_that_sends_too_much_or_too_slowly_is_cut_off():
+def test_a_server_that_sends_too_much_or_too_slowly_is_cut_off(monkeypatch):
     with serve((200, b"x" * 5000), (200, b"x" * 5000, 10 ** 12), (200, b"x")) as (server, url):
         for _ in range(2):
             with pytest.raises(OSError, match="more than the 4,000 bytes"):
                 datasets.fetch(url, most=4000)
-        with pytest.raises(TimeoutError, match="not all there"):
+        with pytest.raises(OSError, match="not all there"):
             datasets.fetch(url, patience=-1.0)
+    with serve((200, b"x")) as (server, url), pytest.raises(OSError, match="not all there"):
+        monkeypatch.setattr(datasets, "fetch", functools.partial(datasets.fetch, patience=-1.0))
+        datasets.fetch_patiently(url, (0.0, 0.0))
+    assert len(server.paths) == 1
 
 
 def test_the_proxy_of_the_environment_is_asked(monkeypatch):
@@ -349,6 +353,9 @@ def test_item_vectors_of_any_scale_are_the_same(tmp_path):
         found.append(datasets.read_vectors(tmp_path / "v.npy", 5))
     for other in found[1:]:
         torch.testing.assert_close(other, found[0])
+    for kind in ("f2", "f4", "i1", "g"):
+        np.save(tmp_path / "v.npy", np.zeros((5, 3), kind))
+        assert (datasets.read_vectors(tmp_path / "v.npy", 5) == 0).all()
 
 
 def test_keep_writes_a_stage_whole(tmp_path):
@@ -561,6 +568,25 @@ def test_wrong_code_files_are_named(tmp_path, content, words):
         datasets.read_codes(tmp_path / "x.json", 2)
 
 
+def test_diversity_is_a_mean_over_levels_of_fresh_clusters_and_codes_come_to_rest(monkeypatch):
+    clusters, losses = [], []
+    monkeypatch.setattr(g, "even_codes_loss", lambda book, c, codes: clusters.append(c) or torch.tensor(7.0))
+
+    def fit(model, title, loss_of, batches, steps, *_, after):
+        losses.append(loss_of(torch.arange(120), 0.0).item())
+        book = model.quantiser.codebooks.data[0]
+        for step, stays in ((steps // 15 * 15, True), (steps // 15, False)):
+            book[3:] = 100.0                                    # dead
+            after(step)
+            assert bool((book[3:] == 100).all()) == stays and model.quantiser.commitment == 0.6
+
+    monkeypatch.setattr(g, "fit", fit)
+    for weight in (0.0, 0.5):
+        codes_of(backbone="letter", alignment=0.0, even_codes=weight, commitment=0.6)
+    assert losses[1] - losses[0] == pytest.approx(3.5, rel=1e-4)
+    assert len(clusters) == 2 and all(len(c.unique()) > 3 for c in clusters)
+
+
 # ----------------------------------------------------------------------------------------------- 3. SASRec
 
 def small_sasrec(n_items=30, length=8):
@@ -667,6 +693,36 @@ def test_memory_is_blind_to_padding_and_paths_to_each_other():
         torch.testing.assert_close(flow[:, 0], log_flow[:, path], atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_a_causal_encoder_sees_an_item_whole_and_in_both_directions():
+    model, tokens = small_generator(small_catalogue(), causal=True), torch.randint(1, 13, (2, 9))
+    changed = tokens.clone()
+    changed[:, 5] = changed[:, 5] % 12 + 1                      # the last code of the second item
+    before, after = (model.encode(x).layers[0][0] for x in (tokens, changed))
+    assert ((after - before).abs().amax((0, 1, 3)) > 1e-5).tolist() == 3 * [False] + 6 * [True]
+    model.encoder_bias.weight[17] += 1                          # of the key that comes next
+    assert (model.encode(tokens).layers[0][0] - before).abs().max() > 1e-3
+
+
+def test_dropout_is_wherever_t5_and_sasrec_have_it():
+    catalogue, calls = small_catalogue(), []
+    model, sasrec = small_generator(catalogue, dropout=0.1).train(), small_sasrec().train()
+    for dropout in (model.dropout, sasrec.dropout):
+        dropout.register_forward_hook(lambda module, *_: calls.append(module))
+    log_probs(model, catalogue, torch.randint(30, (2, 5)), torch.tensor([[1], [2]]))
+    sasrec(torch.randint(30, (2, 5)))           # embedded, 2 blocks of 4 or, in the decoder, 6, the last norm
+    assert (calls.count(model.dropout), calls.count(sasrec.dropout)) == (1 + 8 + 1 + 1 + 12 + 1, 1)
+
+
+def test_probabilities_and_scores_are_float32_under_autocast():
+    catalogue, history, items = small_catalogue(), torch.randint(30, (2, 5)), torch.arange(30).expand(2, -1)
+    with torch.autocast("cpu", torch.bfloat16):
+        log_pf, log_flow = log_probs(small_generator(catalogue), catalogue, history, items)
+        scores = small_sasrec().scores(history)
+    assert log_pf.dtype == log_flow.dtype == scores.dtype == torch.float32
+    torch.testing.assert_close(log_pf.sum(-1).exp().sum(1), torch.ones(2), atol=1e-3, rtol=0)
+
+
 def rows_of_histories():
     """Histories (3, 5) of 5, 3 and 2 items, and the item after each of their items."""
     history, last = torch.randint(30, (3, 5)), torch.randint(30, (3, 1))
@@ -704,7 +760,7 @@ def test_no_history_of_a_row_draws_an_item_of_the_row_as_unclicked(loss):
 @pytest.mark.parametrize("loss", ["tb", "sdpo"])
 def test_padding_clicks_nothing(loss):
     catalogue, (history, target) = small_catalogue(), rows_of_histories()
-    history, target = ((x + 1).clamp(max=30).where(x < 29, torch.where(x < 30, 1, 30)) for x in (history, target))
+    history, target = (torch.where(x == 0, 1, x) for x in (history, target))
     tuning = g.FineTuning(small_generator(catalogue, causal=True), small_sasrec(), catalogue,
                           g.Config(loss=loss, k=20, negatives=20, pool=30, share=1.0))
     draw, drawn = tuning.trajectories, []
@@ -1238,6 +1294,67 @@ def test_a_policy_that_draws_follows_every_eight_steps_and_the_reference_stays()
     assert all(torch.equal(weight, begun[name]) for name, weight in tuning.reference.state_dict().items())
 
 
+def test_clicked_by_identity_and_likeness_without_the_twins_code():
+    model, sasrec, catalogue, cfg, history, target = method_setting(loss="ipa", beam=30)
+    catalogue = catalogue._replace(semantic=2)                  # as if the last code only told twins apart
+
+    def reward(parts):
+        tuning = g.FineTuning(model, sasrec, catalogue, replace(cfg, reward=parts))
+        paths = tuning.trajectories(g.METHODS["ipa"], history, target, 0.5)
+        return paths.items, paths.reward
+
+    items, aug = reward("aug")                                  # the whole catalogue, the clicked item again
+    assert torch.equal(aug > 0.5, items == target[:, None]) and (aug.round().sum(1) == 2).all()
+    alike = (catalogue.codes[items] == catalogue.codes[target][:, None])[..., :2].float().mean(-1)
+    torch.testing.assert_close(reward("sim")[1], alike.clamp(min=1e-4))
+
+
+@pytest.mark.parametrize("loss", ["ipa", "ppo", "grpo"])
+def test_the_old_policy_draws_and_the_reference_judges_once_they_differ(loss):
+    model, sasrec, catalogue, cfg, history, target = method_setting(loss=loss, beam=8, group=8)
+    tuning, history = g.FineTuning(model, sasrec, catalogue, cfg), history[:1].expand(4, -1)
+    for step in (8, 9):                                         # three policies: first, of step 8, of now
+        torch.nn.init.normal_(model.embedding.weight)
+        tuning.refresh(step, 80)
+    torch.manual_seed(3)
+    paths, draws = tuning.trajectories(g.METHODS[loss], history, target, 0.5), loss != "ipa"
+    torch.manual_seed(3)
+    drawn = g.beam_search(tuning.old, catalogue, catalogue.read(tuning.old, history), 8, draws)[0]
+    assert torch.equal(paths.items[:, 1:], drawn) and (len(drawn.unique(dim=0)) > 1) == draws
+    for policy, log_p in ((tuning.reference, paths.log_ref), *([(tuning.old, paths.log_old)] * draws)):
+        own = log_probs(policy, catalogue, history, paths.items)[0].sum(-1)
+        torch.testing.assert_close(log_p, own, atol=1e-5, rtol=1e-5)
+
+
+def test_each_objective_is_put_on_its_own_paths():
+    (reward, old, ref), log_flow, log_pf = torch.rand(3, 2, 5), torch.randn(2, 5, 3), -torch.rand(2, 5, 3)
+    y = g.Paths(torch.arange(10).view(2, 5), reward, reward, None, old, ref, log_pf, log_flow)
+    c, p = g.Config(lam=0.5, kl=0.5, beta=0.7, sprec_beta=0.3), log_pf.sum(-1)
+    d, drawn = p - ref, [x[:, 1:] for x in (p, old, ref, reward)]
+    for loss, expected in {"dpo": g.dpo(d[:, 0], d[:, 1:], 0.7), "sprec": g.dpo(d[:, 0], d[:, 1:], 0.3),
+                           "ipa": 0.5 * g.ipa(d[:, 1:], reward[:, 1:], 0.7),
+                           "ppo": g.ppo(*drawn, log_flow[:, 0, 0], c.clip, 0.5),
+                           "grpo": g.grpo(*drawn, c.clip, 0.5)}.items():
+        torch.testing.assert_close(g.METHODS[loss].objective(y, c), expected)
+
+
+@pytest.mark.parametrize("loss, balance", [("tb", g.trajectory_balance), ("db", g.detailed_balance)])
+def test_a_scalar_z_stands_for_the_flow_at_the_root_alone(loss, balance):
+    model, sasrec, catalogue, cfg, history, target = method_setting(
+        loss=loss, z="scalar", sampler="none", lam=1.0, reward="aug", confidence=False)      # log R = 0
+    log_pf, log_flow = log_probs(model, catalogue, history, target[:, None])
+    log_flow = torch.cat([torch.full((4, 1, 1), 10.0), log_flow[..., 1:]], -1)
+    expected = (g.sft(log_pf) + balance(log_pf, log_flow, torch.zeros(4, 1))).mean()
+    torch.testing.assert_close(loss_of(model, sasrec, catalogue, cfg, history, target, 0.5), expected)
+
+
+def test_the_sft_half_of_sprec_keeps_its_dropout():
+    _, sasrec, catalogue, cfg, history, target = method_setting(loss="sprec", iterations=2)
+    model = small_generator(catalogue, dropout=0.3)
+    assert len({loss_of(model.train(), sasrec, catalogue, cfg, history, target, 0.1).item()
+                for _ in range(4)}) == 4
+
+
 def method_setting(**changes):
     catalogue = small_catalogue()
     cfg = g.Config(**{**dict(loss="tb", k=3, pool=30, lam=0.5, share=1.0), **changes})
@@ -1357,8 +1474,20 @@ def test_rates_warm_up_and_decay_to_zero():
           datasets.Journal(), after=lambda step: rates.append([x["lr"] for x in optimiser.param_groups]))
     ten_fold, rates = zip(*rates)
     assert ten_fold == pytest.approx([10 * rate for rate in rates])
-    assert [rates[0], rates[20], rates[39]] == pytest.approx([0.25, 0.25, 0.25 * (1 - math.cos(math.pi / 40))])
+    assert [rates[0], rates[20], rates[39]] == pytest.approx([0.25, 0.25, 0.5 * math.sin(math.pi / 80) ** 2])
     assert max(rates) == max(rates[1:4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gradients_are_clipped_to_a_norm_of_one_once_they_are_unscaled(monkeypatch, dtype):
+    seen, clip = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda weights, most: seen.append(
+        (clip(weights := [*weights], most).item(), weights[0].grad.item())))
+    model = torch.nn.Linear(1, 1, bias=False)
+    optimiser = torch.optim.AdamW(model.parameters(), 0.1)
+    g.fit(model, "x", lambda rows, at: (0.25 if at < 1 else 4.0) * model.weight.sum(),
+          iter([torch.zeros(1)] * 2), 2, optimiser, datasets.Journal(), dtype)
+    assert seen == [pytest.approx((0.25, 0.25)), pytest.approx((4.0, 1.0))]
 
 
 def test_rates_are_relative_to_the_size_of_a_weight():
@@ -1622,6 +1751,7 @@ def test_seeds_run_one_after_another_and_end_in_mean_and_spread(world, capsys):
         assert "is not a list of two or more" in run(capsys, f"--seeds={wrong}", expect=1).err
     assert "choose one" in run(capsys, "--seeds", "1,2", "--finetune-seeds", "1,2", expect=1).err
     assert "names a seed twice" in run(capsys, "--seeds", "1,2,1", expect=1).err
+    assert "names a seed twice" in run(capsys, "--seeds", "42,042", expect=1).err
 
 
 def test_finetune_seeds_share_one_sft(world, capsys):
@@ -1748,7 +1878,7 @@ def test_own_codes_vectors_and_from_scratch(world, capsys):
     codes[1] = codes[0]                                    # twins get a last code
     (world / "own.json").write_text(datasets.format_codes(codes))
     np.save(world / "own.npy", np.random.default_rng(0).normal(size=(50, 5)))
-    assert "then tb" in run(capsys, "--codes", "own.json", "--from-scratch").out
+    assert "only tb" in run(capsys, "--codes", "own.json", "--from-scratch").out
     assert "then tb" in run(capsys, "--item-vectors", "own.npy", "--z", "scalar", "--no-confidence",
                             "--encoder", "full").out
     (world / "own.json").write_text(datasets.format_codes(codes[:40]))
@@ -1775,6 +1905,9 @@ def test_settings_without_effect_are_named(world, capsys):
     said = run(capsys, "--loss", "sft", "--lam", "0.5", "--no-confidence", "--alignment", "1").err
     assert said == "warning: nothing in this run depends on --alignment 1.0 --lam 0.5 --no-confidence\n"
     assert not run(capsys, "--loss", "tb", "--lam", "0.5", "--no-confidence", "--quiet").err
+    codes, = (world / "runs" / "toy").glob("codes-*/toy.index.json")
+    said = run(capsys, "--codes", str(codes), "--loss", "sft", "--vector-dim", "9", "--code-epochs", "3").err
+    assert said == "warning: nothing in this run depends on --vector-dim 9 --codebook-size 8 --code-epochs 3\n"
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -1811,6 +1944,50 @@ def noted_in(runs):
     """The lines of all metrics.jsonl, by stage, without the times."""
     return {path.parent.name: [{k: v for k, v in json.loads(line).items() if k != "seconds"}
                                for line in path.open()] for path in runs.glob("*/*/metrics.jsonl")}
+
+
+def test_the_generator_is_as_the_settings_name_it():
+    cfg = g.Config(d_model=24, heads=3, d_kv=5, d_ff=7, layers=4, dropout=0.2, temperature=0.8)
+    model, letters = (g.generator(replace(cfg, backbone=name), small_catalogue())
+                      for name in ("tiger", "letter"))
+    block = model.decoder[0]
+    assert (len(model.encoder), len(model.decoder), block.cross.heads, model.dropout.p) == (4, 4, 3, 0.2)
+    assert block.attention.o.weight.shape == (24, 15) and block.wo.weight.shape == (24, 7) and model.causal
+    assert [model.scale, letters.scale] == pytest.approx([24 ** -0.5, 24 ** -0.5 / 0.8])
+
+
+def test_letters_codes_depend_on_sasrec_and_its_generator_on_the_temperature():
+    tiger, letter = (g.needs(g.Config(backbone=name)) for name in ("tiger", "letter"))
+    assert {*letter["codes"]} - {*tiger["codes"]} == {"training", "sasrec", "letter"}
+    assert {*letter["sft"]} - {*tiger["sft"]} == {"sasrec", "letter", "temperature"}
+
+
+def test_codes_are_learnt_from_each_items_own_vector_and_only_twins_get_one_more(monkeypatch):
+    sasrec, seen = small_sasrec(), []
+    world = types.SimpleNamespace(
+        cfg=g.Config(code_dim=4), data=None, device="cpu", publish=lambda codes: None,
+        stage=lambda name, build: build(None) if name == "codes" else {"vectors": torch.zeros(30, 2)})
+    monkeypatch.setattr(g, "train_codes", lambda run, vectors, collaborative, _:
+                        seen.append(collaborative) or torch.arange(30)[:, None])
+    catalogue = g.item_codes(world, sasrec)
+    torch.testing.assert_close(seen[0], datasets.principal_vectors(sasrec.item.weight[:-1], 4))
+    assert catalogue.codes.shape == (30, 1) and catalogue.semantic == 1
+
+
+def test_a_fine_tuning_begins_where_sft_ended_with_its_own_rate_and_length(world, capsys, monkeypatch):
+    tunings, rates, refreshed, pools = [], [], [], []
+    init, rate, sasrec_loss = g.FineTuning.__init__, datasets.relative_adamw, g.SASRec.loss
+    monkeypatch.setattr(g.FineTuning, "__init__", lambda self, *a: tunings.append(self) or init(self, *a))
+    monkeypatch.setattr(g.FineTuning, "refresh", lambda self, *steps: refreshed.append(steps))
+    monkeypatch.setattr(datasets, "relative_adamw", lambda *a: rates.append(a[1]) or rate(*a))
+    monkeypatch.setattr(g.SASRec, "loss", lambda *a: pools.append(a[-1]) or sasrec_loss(*a))
+    run(capsys, "--loss", "dpo", "--finetune-epochs", "2", "--beam", "25", "--sasrec-pool", "40")
+    folder, = (world / "runs" / "toy").glob("sft-*")
+    begun, data = datasets.read_kept(folder / "checkpoint.pt"), datasets.toy(42)
+    assert same(begun["state"], tunings[1].reference.state_dict()) and begun["top"].shape[1] == 25
+    batches = math.ceil(int((data.offsets.diff() - 3).sum()) / 64)
+    assert rates == [0.02, 0.003] and set(pools) == {40}
+    assert refreshed == [(i + 1, n) for n in (batches, round(batches * 2 / 0.4)) for i in range(n)]
 
 
 def same(one, two):
@@ -2110,6 +2287,25 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(world, capsys, monk
     err = run(capsys, expect=1).err
     assert err.startswith("error: No space left on device: runs/toy/sasrec") and err.count("\n") == 1
     assert not list(world.rglob("*.part"))
+
+
+def test_what_was_made_from_codes_that_are_lost_is_done_again(world, capsys):
+    def kept():
+        out = run(capsys).out
+        return [line.split()[0] for line in out.splitlines() if "kept from before" in line], out
+
+    first, (folder,) = run(capsys).out, (world / "runs" / "toy").glob("codes-*")
+    (folder / "checkpoint.pt").unlink()
+    again, out = kept()
+    assert again == ["sasrec", "vectors", "sft", "finetune"] and table(out) == table(first)   # the same codes
+    codes = datasets.read_kept(folder / "checkpoint.pt")
+    datasets.write_checkpoint(folder / "checkpoint.pt", {**codes, "codes": codes["codes"].flip(0)})
+    again, out = kept()
+    assert again == ["sasrec", "codes"] and table(out) != table(first)
+    index = datasets.read_codes(folder / "toy.index.json", len(codes["codes"]))
+    assert torch.equal(index, codes["codes"].flip(0))
+    assert len(list((world / "runs" / "toy").glob("*/checkpoint.pt.outdated"))) == 2
+    assert kept()[0] == ["sasrec", "codes", "sft", "finetune"]
 
 
 def test_foreign_and_damaged_checkpoints_are_done_again(world, capsys):
