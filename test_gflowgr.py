@@ -1778,6 +1778,20 @@ def test_only_what_depends_on_a_setting_is_done_again(world, capsys):
         assert {line[0] for line in lines if "now" in line} == stages
 
 
+@pytest.mark.parametrize("loss, z, unused", [
+    ("sft", "user", {"flow.weight", "scalar_z"}), ("sprec", "user", {"flow.weight", "scalar_z"}),
+    ("tb", "user", {"scalar_z"}), ("ppo", "user", {"scalar_z"}), ("db", "scalar", set())])
+def test_several_processes_look_for_unused_weights_once(monkeypatch, loss, z, unused):
+    monkeypatch.setattr(datasets, "processes", lambda: (0, 2))
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda step: step)
+    catalogue, (history, target) = small_catalogue(), rows_of_histories()
+    model = small_generator(catalogue, causal=True)
+    tuning = g.FineTuning(model, small_sasrec(), catalogue, g.Config(loss=loss, z=z, pool=30, group=4))
+    datasets.data_parallel(model, lambda rows, progress: tuning.loss(history[rows], target[rows], progress),
+                           (target < 30).sum(1))
+    assert {name for name, weight in model.named_parameters() if not weight.requires_grad} == unused
+
+
 def write_world(folder, data):
     """A dataset as the two files of a user."""
     folder.mkdir()
@@ -1907,7 +1921,8 @@ def test_settings_without_effect_are_named(world, capsys):
     assert not run(capsys, "--loss", "tb", "--lam", "0.5", "--no-confidence", "--quiet").err
     codes, = (world / "runs" / "toy").glob("codes-*/toy.index.json")
     said = run(capsys, "--codes", str(codes), "--loss", "sft", "--vector-dim", "9", "--code-epochs", "3").err
-    assert said == "warning: nothing in this run depends on --vector-dim 9 --codebook-size 8 --code-epochs 3\n"
+    assert said == "warning: nothing in this run depends on " \
+        "--vector-dim 9 --codebook-size 8 --code-epochs 3\n"
 
 
 @pytest.mark.parametrize("flags, words", [
