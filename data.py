@@ -821,7 +821,8 @@ class Run:
         """What the stages whose settings are all among this one's gave to it, as sums. It differs where one
         of them was lost and has been done again, by other threads or on another device."""
         return {name: checksum(result) for name, result in self.results.items()
-                if name != stage and set(self.needs[name]) <= set(self.needs[stage])}
+                if name not in (stage, "vectors")           # those count by the codes that they led to
+                and set(self.needs[name]) <= set(self.needs[stage])}
 
     def stage(self, stage: str, build: Callable[[Journal], dict]) -> dict:
         """The result of build(journal), seeded and timed, or what an earlier run kept of it."""
@@ -993,7 +994,7 @@ def read_kept(path: Path, before: dict[str, str] | None = None) -> dict | None:
         return None
     result, fault, end = read_checkpoint(path), "is damaged or not of this program", "damaged"
     if result.get("of") == f"{path.parent.name}/{path.name}":
-        if all((before or {}).get(name, part) == part for name, part in (result.get("before") or {}).items()):
+        if before is None or result.get("before", before) == before:
             return result
         fault, end = "was made from other codes or models than those that are kept now", "outdated"
     aside = path.with_name(f"{path.name}.{end}")
