@@ -699,14 +699,14 @@ class Run:
         if data.offsets.diff().max() < 4:
             raise DataError(f"{data.name}: no user has the 4 interactions that a training pair needs")
         self.check_settings()
-        self.inputs = {name: git_blob_id(Path(path).read_bytes()) for name in ("item_vectors", "codes")
-                       if (path := getattr(cfg, name))}
+        name = "codes" if cfg.codes else "item_vectors"         # codes make vectors needless
+        self.inputs = {name: git_blob_id(Path(getattr(cfg, name)).read_bytes())} if getattr(cfg, name) else {}
         self.parts = {part: pairs.to(self.device) for part, pairs in split(data, cfg.max_history).items()}
         if cfg.encoder == "causal":
             self.parts["train"] = self.parts["train"].windows(cfg.max_history)
         order = torch.randperm(data.n_users, generator=torch.Generator().manual_seed(cfg.seed))
         self.valid_rows = order[:cfg.valid_users].sort().values
-        self.needs, self.fit, self.metrics, self.results = needs, fit, metrics, {}
+        self.needs, self.fit, self.metrics, self.results, self.sums = needs, fit, metrics, {}, {}
         if cfg.fresh and not rank:
             self.forget()
         print(self.title(), flush=True)
@@ -820,7 +820,7 @@ class Run:
     def before(self, stage: str) -> dict[str, str]:
         """What the stages whose settings are all among this one's gave to it, as sums. It differs where one
         of them was lost and has been done again, by other threads or on another device."""
-        return {name: checksum(result) for name, result in self.results.items()
+        return {name: part for name, part in self.sums.items()
                 if name not in (stage, "vectors")           # those count by the codes that they led to
                 and set(self.needs[name]) <= set(self.needs[stage])}
 
@@ -834,7 +834,7 @@ class Run:
                     torch.manual_seed(self.seed(stage))
                     journal = Journal(folder, self.cfg.save_every, self.afterwards(stage), self.before(stage))
                     result, origin = of_the_first(keep(journal, self.settings(stage), build)), "now kept"
-        self.results[stage] = result
+        self.results[stage], self.sums[stage] = result, checksum(result)
         print(f"{stage:<10}{result['seconds']:7.1f} s, {origin} in {folder}", flush=True)
         return result
 
@@ -859,8 +859,9 @@ class Run:
     def publish(self, codes: torch.Tensor) -> None:
         """Write codes (N, L) in LETTER's format beside their checkpoint."""
         index = self.folder("codes") / f"{self.data.name}.index.json"
-        if processes()[0] == 0:
-            write_atomically(index, format_codes(codes).encode())
+        content = format_codes(codes).encode()
+        if processes()[0] == 0 and not (index.exists() and index.read_bytes() == content):
+            write_atomically(index, content)
 
 
 @contextlib.contextmanager
