@@ -57,9 +57,11 @@ BASE_URL = ("https://raw.githubusercontent.com/HonghuiBao2000/LETTER/"
             "8d0154e28de37dbb6e24871c508ad8ddb1921cda/data")
 DATASETS = {  # --dataset -> folder name and the git blob id of each file: sha1 of b"blob <size>\0" + content
     "beauty": ("Beauty", {"inter": "9378c6e88224ebd22e57325d89edb8cfb73291ac",
-                          "item": "098205baf4a483b818507dc98c4b9bc9151a69f0"}),
+                          "item": "098205baf4a483b818507dc98c4b9bc9151a69f0",
+                          "index": "6711ba430c7a6889e60f908554f72aae8a038039"}),
     "yelp": ("Yelp", {"inter": "c80dd3c4131613d694e6be909f0485fcec3b87e3",
-                      "item": "5e19bf60af056342e80a564cd6a8859a4faa236e"}),
+                      "item": "5e19bf60af056342e80a564cd6a8859a4faa236e",
+                      "index": "6198e401fc8733f8cf26051a8a5133f3fee0b3ed"}),
     "instruments": ("Instruments", {"inter": "89733901ab247616059e03c620bf3edff59bc549",
                                     "item": "e1b565483dc55f63dc260aab13d0b3e1d73420fd"}),
 }
@@ -161,16 +163,16 @@ def fetch_patiently(url: str, pauses: tuple[float, ...] = (1.0, 4.0)) -> bytes:
     return fetch(url)
 
 
-def download(dataset: str, data_dir: Path, base_url: str = BASE_URL,
-             pauses: tuple[float, ...] = (1.0, 4.0)) -> Path:
-    """Bring the files of a built-in dataset into data_dir/NAME and return that folder.
+def download(dataset: str, data_dir: Path, base_url: str = BASE_URL, pauses: tuple[float, ...] = (1.0, 4.0),
+             kinds: tuple[str, ...] = ("inter", "item")) -> Path:
+    """Bring files of a built-in dataset into data_dir/NAME and return that folder.
 
     Files that already lie there are used as they are. What is downloaded must match its git blob id; a file
     that is cut off or wrong never appears under the final name. Raises DataError.
     """
     name, blob_ids = DATASETS[dataset]
-    for kind, blob_id in blob_ids.items():
-        path = Path(data_dir) / name / f"{name}.{kind}.json"
+    for kind in kinds:
+        path, blob_id = Path(data_dir) / name / f"{name}.{kind}.json", blob_ids[kind]
         if path.exists():
             continue
         url = f"{base_url}/{name}/{path.name}"
@@ -186,6 +188,17 @@ def download(dataset: str, data_dir: Path, base_url: str = BASE_URL,
                             f"{blob_id}); nothing was kept: try again, or put the file by hand at {path}")
         write_atomically(path, content)
     return Path(data_dir) / name
+
+
+def published_codes(dataset: str, data_dir: Path) -> Path:
+    """The file of the codes that LETTER published of a built-in dataset, downloaded if missing. Raises
+    DataError."""
+    known = [name for name, (_, blob_ids) in DATASETS.items() if "index" in blob_ids]
+    if dataset not in known:
+        raise DataError(f"--codes letter is what LETTER published for {' and '.join(known)}, not for "
+                        f"{dataset!r}; give the path of a NAME.index.json, or leave --codes out")
+    folder = download(dataset, data_dir, kinds=("index",))
+    return folder / f"{folder.name}.index.json"
 
 
 # ---------------------------------------------------------------------------------------------------- load
@@ -426,17 +439,22 @@ def text_vectors(texts: list[str], dim: int, seed: int = 42) -> torch.Tensor:
 
     Words of fewer than two items say nothing about likeness and are left out. Items without words get zeros.
     """
-    bags = [collections.Counter(re.findall(r"\w+", text.lower())) for text in texts]
-    frequency = collections.Counter(itertools.chain.from_iterable(bags))
-    words = {word: i for i, word in enumerate(sorted(w for w, n in frequency.items() if n > 1))}
-    entries = [(i, words[w], (1 + np.log(n)) * np.log(len(texts) / frequency[w]))
-               for i, bag in enumerate(bags) for w, n in bag.items() if w in words]
-    if not entries:
+    number = collections.defaultdict(itertools.count().__next__)                # of each word, as they come
+    found = [np.array([number[word] for word in re.findall(r"\w+", text.lower())], np.int32)
+             for text in texts]
+    row = np.repeat(np.arange(len(texts)), [len(words) for words in found])
+    entry, count = np.unique(row * len(number) + np.concatenate(found), return_counts=True)
+    row, word = np.divmod(entry, max(len(number), 1))
+    frequency = np.bincount(word)                                               # in how many items
+    row, word, count = (x[frequency[word] > 1] for x in (row, word, count))
+    if not len(row):
         return torch.zeros(len(texts), dim)
-    row, column, value = map(np.array, zip(*entries))
+    value = (1 + np.log(count)) * np.log(len(texts) / frequency[word])
+    column = np.unique(word, return_inverse=True)[1]
     norm = np.sqrt(np.bincount(row, value ** 2, minlength=len(texts)))
     matrix = torch.sparse_coo_tensor(np.stack([row, column]), value / np.maximum(norm[row], 1e-12),
-                                     (len(texts), len(words)), dtype=torch.float32, check_invariants=True)
+                                     (len(texts), column.max() + 1), dtype=torch.float32,
+                                     check_invariants=True)
     rank = min(dim, *matrix.shape)      # the sketch is a little wider than that, which makes the cut sharp
     with torch.random.fork_rng(devices=[]):  # svd_lowrank draws its probes from the global generator
         torch.manual_seed(seed)
@@ -687,15 +705,16 @@ class Run:
             check_compiler(self.device)
         if cfg.plot and not importlib.util.find_spec("matplotlib"):
             raise DataError("--plot needs matplotlib, which is not installed: pip install matplotlib")
-        self.cfg = dataclasses.replace(         # two ways to say the same are one, also for the cache
-            cfg, precision=str(self.dtype)[6:],
-            finetune_seed=-1 if cfg.finetune_seed == cfg.seed else cfg.finetune_seed)
         rank = processes()[0]
         if rank:                                            # what is missing, the first process downloads
             of_the_first(None)
         self.data = data = load(cfg.dataset, Path(cfg.data_dir), cfg.seed)
+        codes = str(published_codes(cfg.dataset, Path(cfg.data_dir))) if cfg.codes == "letter" else cfg.codes
         if not rank:
             of_the_first(None)
+        self.cfg = cfg = dataclasses.replace(   # two ways to say the same are one, also for the cache
+            cfg, precision=str(self.dtype)[6:], codes=codes,
+            finetune_seed=-1 if cfg.finetune_seed == cfg.seed else cfg.finetune_seed)
         if data.offsets.diff().max() < 4:
             raise DataError(f"{data.name}: no user has the 4 interactions that a training pair needs")
         self.check_settings()

@@ -203,6 +203,19 @@ def test_no_network_names_the_way_out(tiny, tmp_path):
         datasets.download("tiny", tmp_path, "http://127.0.0.1:9", ())
 
 
+def test_published_codes_are_fetched_once_and_only_where_they_are_known(tmp_path, monkeypatch):
+    index = datasets.format_codes(torch.tensor([[0, 1], [0, 0], [1, 0]])).encode()
+    monkeypatch.setitem(datasets.DATASETS, "tiny", ("Tiny", {"index": datasets.git_blob_id(index)}))
+    with serve((200, index)) as (server, url):
+        monkeypatch.setattr(datasets.download, "__defaults__", (url, (), ("inter", "item")))
+        paths = [datasets.published_codes("tiny", tmp_path) for _ in range(2)]
+    assert server.paths == ["/Tiny/Tiny.index.json"] and paths == [tmp_path / "Tiny" / "Tiny.index.json"] * 2
+    assert datasets.read_codes(paths[0], 3).tolist() == [[0, 1], [0, 0], [1, 0]]
+    for dataset in ("toy", "instruments", str(tmp_path)):
+        with pytest.raises(DataError, match="beauty and yelp and tiny, not for .* give the path"):
+            datasets.published_codes(dataset, tmp_path)
+
+
 def test_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "no space")
@@ -1432,6 +1445,22 @@ def test_own_codes_come_back_without_the_code_that_counts_twins(world, capsys):
     first, second = (datasets.read_kept(path) for folder in ("runs", "again")
                      for path in (world / folder / "toy").glob("codes-*/checkpoint.pt"))
     assert torch.equal(first["codes"], second["codes"]) and first["semantic"] == second["semantic"] == 2
+
+
+def test_letters_own_codes_are_what_a_run_names_by_letter(world, capsys, monkeypatch):
+    folder, paths = world / "data" / "Tiny", [[0, 1], [0, 0], [1, 0], [1, 1], [2, 2]]
+    folder.mkdir(parents=True)
+    sequences = {str(user): [(user + i) % 5 for i in range(4)] for user in range(5)}
+    (folder / "Tiny.inter.json").write_text(json.dumps(sequences))
+    (folder / "Tiny.item.json").write_text(json.dumps({str(i): {"title": "red"} for i in range(5)}))
+    (folder / "Tiny.index.json").write_text(datasets.format_codes(torch.tensor(paths)))
+    monkeypatch.setitem(datasets.DATASETS, "tiny", ("Tiny", dict.fromkeys(("inter", "item", "index"), "")))
+    run(capsys, "--dataset", "tiny", "--codes", "letter", "--k", "1")
+    kept, = (world / "runs" / "Tiny").glob("codes-*")
+    assert datasets.read_kept(kept / "checkpoint.pt")["codes"].tolist() == paths
+    before = sorted((world / "runs" / "Tiny").iterdir())
+    run(capsys, "--dataset", "tiny", "--codes", str(folder / "Tiny.index.json"), "--k", "1")
+    assert sorted((world / "runs" / "Tiny").iterdir()) == before           # the same, said in another way
 
 
 def test_scalar_z_is_one_number_for_all_users():
