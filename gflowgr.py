@@ -46,7 +46,7 @@ from data import DataError, Journal, Run, knob
 class Config(datasets.RunSettings):
     """Every setting but data.py's. [paper]: as the paper, TIGER or LETTER has it; [ours]: our choice."""
     backbone: str = knob("tiger", "backbone", "TIGER's RQ-VAE, or LETTER's", ("tiger", "letter"))
-    codes: str = knob("", "backbone", "ready codes: a NAME.index.json in LETTER's format, or `letter`, its own")
+    codes: str = knob("", "backbone", "ready codes: a NAME.index.json in LETTER's format; letter: its own")
     levels: int = knob(3, "codes", "codebooks; one more code tells twins apart [paper]", below=26)
     codebook_size: int = knob(256, "codes", "codes per level, C [paper]")
     code_dim: int = knob(32, "codes", "dimensions of a code vector [paper]")
