@@ -2827,8 +2827,8 @@ def scaling_table():
     """How each stage grows with the catalogue; each in a process of its own, so that its memory is known."""
     counts = (1_000, 10_000, 100_000, 1_000_000)
     rows = [["", *(f"{n:,} items" for n in counts)]]
-    for stage in ("split, 1 epoch of batches", "RQ-VAE, 1 epoch", "trie", "SASRec step", "trajectories of TB",
-                  "beam search"):
+    for stage in ("split, 1 epoch of batches", "item text to vectors", "RQ-VAE, 1 epoch", "trie",
+                  "SASRec step", "trajectories of TB", "beam search"):
         row = [stage]
         for n in counts:
             took, memory = apart(scaled_stage, stage, n)
