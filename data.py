@@ -518,9 +518,9 @@ def format_codes(codes: torch.Tensor) -> str:
                        for item, path in enumerate(codes.tolist())})
 
 
-def read_codes(path: Path, n_items: int) -> torch.Tensor:
+def read_codes(path: str | Path, n_items: int) -> torch.Tensor:
     """Codes (N, L) from a file in LETTER's format. Raises DataError: malformed, or for other items."""
-    content = read_json(path)
+    content = read_json(Path(path))
     if content.keys() != set(map(str, range(n_items))):
         raise DataError(f'{path} has codes for {len(content)} items, but this dataset has the items "0" to '
                         f'"{n_items - 1}": give the code file that belongs to it')
@@ -754,7 +754,7 @@ class Run:
             raise DataError(f"--sasrec-dim {self.cfg.sasrec_dim} is no multiple of --sasrec-heads "
                             f"{self.cfg.sasrec_heads}")
         if self.cfg.codes:
-            read_codes(Path(self.cfg.codes), self.data.n_items)
+            read_codes(self.cfg.codes, self.data.n_items)
         elif self.cfg.item_vectors:
             read_vectors(Path(self.cfg.item_vectors), self.data.n_items)
 
@@ -1220,7 +1220,7 @@ def diversity(recommended: torch.Tensor, r_cs: torch.Tensor, data: Data) -> dict
 
 def summary(run: Run, scores: Callable, r_cs: Callable) -> tuple[str, dict]:
     """The tables of a run that went through all stages, and its results. scores: histories (B, T) -> every
-    item's collaborative score (B, N); r_cs: those and items (B, M) -> their collaborative rewards (B, M)."""
+    item's collaborative score (B, N); r_cs: those -> their collaborative rewards (B, N)."""
     popular = top(popularity(run.data)[None], 20).expand(run.data.n_users, -1)
     test = run.metrics(popular, run.data.items[run.data.offsets[1:] - 1])
     if run.data.liked is not None:
@@ -1302,7 +1302,7 @@ def diversity_table(run: Run, results: dict[str, dict], scores: Callable, r_cs: 
     """`diversity` of each result's lists of the test users; scores, r_cs: as in `summary`."""
     lists = [result["top"][:, :10].long() for result in results.values()]
     together, examples = torch.cat(lists, 1).clamp(max=run.data.n_items - 1).to(run.device), run.parts["test"]
-    found = torch.cat([r_cs(scores(examples.batch(rows)[0]), together[rows]).cpu()
+    found = torch.cat([r_cs(scores(examples.batch(rows)[0])).gather(1, together[rows]).cpu()
                        for rows in torch.arange(len(examples)).split(256)])
     figures = [diversity(items, part, run.data)
                for items, part in zip(lists, found.split([items.shape[1] for items in lists], 1))]

@@ -28,8 +28,6 @@ import copy
 import dataclasses
 import itertools
 import math
-import sys
-from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
 import torch
@@ -204,8 +202,7 @@ def unique_paths(codes: Tensor) -> Tensor:
     """Append a code that counts items of equal codes: (N, L) -> (N, L + 1), all rows different (TIGER)."""
     _, group = torch.unique(codes, dim=0, return_inverse=True)
     order = torch.argsort(group, stable=True)                   # equal codes side by side, by item id
-    size = torch.bincount(group)
-    last = torch.empty_like(group)
+    size, last = torch.bincount(group), torch.empty_like(group)
     last[order] = torch.arange(len(group), device=group.device) - (size.cumsum(0) - size)[group[order]]
     return torch.cat([codes, last[:, None]], 1)
 
@@ -269,21 +266,17 @@ class Dropout(nn.Module):
         super().__init__()
         self.p, self.strip = p, torch.empty(0)
 
-    def mask(self, x: Tensor) -> Tensor:
-        """0 at a rate of p, else 1 / (1 - p), in the shape and type of x."""
-        places = 1 << 24
-        if len(self.strip) < places + x.numel() or self.strip.dtype != x.dtype:
-            noise = torch.rand(places + 2 * x.numel(), generator=torch.Generator().manual_seed(0))
-            self.strip = (noise >= self.p).to(x.dtype) / (1 - self.p)       # longer: the same, and more
-        start = int(torch.randint(places, ()))
-        return self.strip[start:start + x.numel()].view(x.shape)
-
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """dropout(x), added to `onto` where that is given."""
         if not self.training or self.p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
             x = F.dropout(x, self.p, self.training)
             return x if onto is None else onto + x
-        return x * self.mask(x) if onto is None else torch.addcmul(onto, x, self.mask(x))
+        places, size = 1 << 24, x.numel()
+        if len(self.strip) < places + size or self.strip.dtype != x.dtype:
+            noise = torch.rand(places + 2 * size, generator=torch.Generator().manual_seed(0))
+            self.strip = (noise >= self.p).to(x.dtype) / (1 - self.p)       # longer: the same, and more
+        mask = self.strip.narrow(0, int(torch.randint(places, ())), size).view(x.shape)     # 0 at a rate of p
+        return x * mask if onto is None else torch.addcmul(onto, x, mask)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -338,8 +331,7 @@ class Block(nn.Module):
         self.cross = Attention(d_model, heads, d_kv, dropout) if decoder else None
         self.wi, self.wo = linear(d_model, d_ff, d_model ** -0.5), linear(d_ff, d_model, d_ff ** -0.5)
 
-    def forward(self, x: Tensor, bias: Tensor, memory: tuple | None = None,
-                past: tuple | None = None) -> tuple[Tensor, tuple]:
+    def forward(self, x: Tensor, bias: Tensor, memory=None, past=None) -> tuple[Tensor, tuple]:
         """x (B * Q * P, S, d) -> x, and the keys and values (B * Q * P, H, S', d_kv) for later steps. memory:
         keys, values (B, H, M, d_kv) and bias of the rows; all Q * P paths of a row ask the same memory, so it
         is never repeated (an encoder has Q = P = 1). past: keys and values of earlier steps."""
@@ -391,7 +383,7 @@ class T5(nn.Module):
             nn.init.normal_(table.weight, std=d_model ** -0.5)
         self.encoder_norm, self.decoder_norm = RMSNorm(d_model), RMSNorm(d_model)
         self.flow = linear(d_model, 1, d_model ** -0.5)
-        self.scalar_z = nn.Parameter(torch.ones(()))    # log Z / 10: steps are relative to its size, so not 0
+        self.scalar_z = nn.Parameter(torch.ones(()))    # steps are relative to its size, so not 0
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens (..) -> (.., d). Under autocast the residual stream has autocast's type from here on."""
@@ -416,8 +408,7 @@ class T5(nn.Module):
         return Memory([block.cross.keys_values(x) for block in self.decoder],
                       torch.zeros_like(hidden, dtype=x.dtype).masked_fill(hidden, -torch.inf))
 
-    def decode(self, tokens: Tensor, memory: Memory, past: list | None = None, depth: Tensor | None = None,
-               apart: Tensor | bool = False) -> tuple[Tensor, list]:
+    def decode(self, tokens: Tensor, memory: Memory, past=None, depth=None, apart=False) -> tuple:
         """Tokens (B, Q * P, S), from 0 on, of P paths for each of a row's Q histories in turn -> states
         (B, Q * P, S, d), cache. State l is s_l: it has read y_1 .. y_l, predicts y_{l+1}. After `past`, the
         cache of earlier steps, S counts new ones. Of a tree: depth (S,), who may not see whom (S, S)."""
@@ -518,8 +509,9 @@ class Catalogue(NamedTuple):
 
 def path_log_probs(model: T5, catalogue: Catalogue, memory: Memory, items: Tensor, flow=None) -> tuple:
     """How likely each step of the paths of items (B, P) is, after B histories that the encoder has read ->
-    log_pf (B, P, L), [.., l] being log P_F(s_{l+1} | s_l); log_flow (B, P, L) of s_0 .. s_{L-1}; and, of a
-    flow (B, nodes), log_mean (B, P, L), the mean of log P_F over where the flow goes from s_l, else None."""
+    log_pf (B, P, L), [.., l] being log P_F(s_{l+1} | s_l); log_flow (B, P, L) of s_0 .. s_{L-1}: the head's,
+    [ours] added to the log of a flow (B, nodes) that is known; and of that flow log_mean (B, P, L), the mean
+    of log P_F over where it goes from s_l, else None."""
     state = model.decode_paths(F.pad(catalogue.tokens[items][..., :-1], (1, 0)), memory)
     trie, path, log_pf, log_mean = catalogue.trie, catalogue.trie.path[items], [], []
     for level in range(model.levels):
@@ -531,6 +523,8 @@ def path_log_probs(model: T5, catalogue: Catalogue, memory: Memory, items: Tenso
             weight = flow.gather(1, child.flatten(1)).view_as(child) * (log_probs != -torch.inf)
             log_mean.append((weight * log_probs.masked_fill(weight == 0, 0)).sum(-1) / weight.sum(-1))
     log_flow = model.flow(state).squeeze(-1).float()
+    if flow is not None:
+        log_flow = log_flow + flow.gather(1, path[..., :-1].flatten(1)).view_as(log_flow).log()
     return torch.stack(log_pf, -1), log_flow, torch.stack(log_mean, -1) if log_mean else None
 
 
@@ -554,11 +548,11 @@ def reward(r_aug: Tensor, r_cs: Tensor, r_sim: Tensor, parts: str = "aug,cf,sim"
     return sum(terms[part] for part in parts.split(",")).clamp(min=floor)
 
 
-def collaborative_score(scores: Tensor, items: Tensor, scale: str = "minmax") -> Tensor:
-    """r_cs in [0, 1] of items (B, P), from the collaborative model's scores (B, N) of each user. [ours]:
-    scaled by their minimum and maximum; or, by their softmax, its probability over that of the best."""
-    low, high, score = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True), scores.gather(1, items)
-    return (score - high).exp() if scale == "softmax" else (score - low) / (high - low).clamp(min=1e-6)
+def collaborative_score(scores: Tensor, scale: str = "minmax") -> Tensor:
+    """r_cs in [0, 1] of all items, from the collaborative model's scores (B, N) -> (B, N). [ours]: scaled by
+    their minimum and maximum; or, by their softmax, an item's probability over that of the best."""
+    low, high = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
+    return (scores - high).exp() if scale == "softmax" else (scores - low) / (high - low).clamp(min=1e-6)
 
 
 def shared_codes(codes: Tensor) -> Tensor:
@@ -631,7 +625,7 @@ class Paths(NamedTuple):
     items: Tensor       # (B, P)
     reward: Tensor      # (B, P) R
     weight: Tensor      # (B, P) w of Eq. 8
-    flow: Tensor | None         # (B, nodes) smooth: all 1; exact: SASRec's softmax below each node, never 0
+    flow: Tensor | None         # (B, nodes) what is known of the flow through each node, never 0
     log_old: Tensor | None      # (B, P) log p by the policy that drew them
     log_ref: Tensor | None      # (B, P) log p by the reference policy
     log_pf: Tensor | None = None    # (B, P, L) log P_F of each step, by the generator in training
@@ -705,19 +699,14 @@ class FineTuning:
             self.old.load_state_dict(self.model.state_dict())
 
     @torch.no_grad()
-    def trajectories(self, method: Method, history: Tensor, target: Tensor, progress: float,
-                     ends: Tensor | None = None) -> Paths:
+    def trajectories(self, method: Method, history: Tensor, target: Tensor, progress, ends=None) -> Paths:
         """The observed items and those beside them, their reward, and, where the method asks for it, what
         frozen models say. history (B, T), target (B,) or, at the places `ends` (Q,) of a row, (B * Q,)."""
         cfg, catalogue, n_items = self.cfg, self.catalogue, len(self.catalogue.codes)
         source, n = cfg.sampler if method.source == "curriculum" else method.source, method.paths(cfg)
-        items, flow, log_old, log_ref = target[:, None], None, None, None
+        items, log_old, log_ref = target[:, None], None, None
         scored = source == "all" or "reward" in method.groups       # else dummies: all items score alike
         scores = self.sasrec.scores(history, ends) if scored else (0.0 * items).expand(-1, n_items)
-        if source == "all":
-            flow = catalogue.trie.flows(scores.softmax(1).clamp(min=1e-20))
-        elif "smoothing" in method.groups:                          # evenly over the codes that are allowed
-            flow = torch.ones_like(catalogue.trie.code, dtype=torch.float).expand(len(items), -1)
         if source in ("curriculum", "random"):
             pool = torch.randperm(n_items, device=target.device)[:cfg.pool]
             beta = cfg.easiest + progress * (cfg.hardest - cfg.easiest) if source == "curriculum" else 0.0
@@ -734,10 +723,22 @@ class FineTuning:
             memory = catalogue.read(self.reference, history, ends)
             log_ref = path_log_probs(self.reference, catalogue, memory, items)[0].sum(-1)
         r_aug = (items == items[:, :1]).float()
-        r_cs = collaborative_score(scores, items, cfg.scale) if "reward" in method.groups else r_aug
+        r_cs = collaborative_score(scores, cfg.scale).gather(1, items) if "reward" in method.groups else r_aug
         r_sim = shared_codes(catalogue.codes[items][..., :catalogue.semantic])
         weight = confidence(r_aug, r_cs) if cfg.confidence else torch.ones_like(r_cs)
+        flow = self.flow(method, scores)
         return Paths(items, reward(r_aug, r_cs, r_sim, cfg.reward), weight, flow, log_old, log_ref)
+
+    def flow(self, method: Method, scores: Tensor) -> Tensor | None:
+        """What is known of the flow through each node (B, nodes) by SASRec's scores (B, N): for db and tb all
+        reward below it but for clicks and shared codes, for exact the softmax below it, for smooth 1."""
+        trie, no = self.catalogue.trie, torch.zeros_like(scores[:, :1])
+        if "gflownet" in method.groups:
+            r_cs = collaborative_score(scores, self.cfg.scale)
+            return trie.flows(reward(no, r_cs, no, self.cfg.reward).expand_as(scores))
+        if "smoothing" in method.groups and method.source == "none":        # over the codes that are allowed
+            return torch.ones_like(trie.code, dtype=torch.float).expand(len(scores), -1)
+        return trie.flows(scores.softmax(1).clamp(min=1e-20)) if method.source == "all" else None
 
     def term(self, method: Method, history: Tensor, target: Tensor, progress: float, ends, memory) -> Tensor:
         """A method's objective, its mean over the targets but the padding; see `loss`. No memory: read it."""
@@ -748,7 +749,8 @@ class FineTuning:
         memory = memory or catalogue.read(model, history, ends)
         log_pf, log_flow, log_mean = path_log_probs(model, catalogue, memory, paths.items, paths.flow)
         if "gflownet" in method.groups and self.cfg.z == "scalar":
-            log_flow = torch.cat([(10 * model.scalar_z).expand_as(log_flow[..., :1]), log_flow[..., 1:]], -1)
+            log_z = 10 * (model.scalar_z - 1) + math.log(len(catalogue.codes))
+            log_flow = torch.cat([log_z.expand_as(log_flow[..., :1]), log_flow[..., 1:]], -1)
         paths = paths._replace(log_pf=log_pf, log_flow=log_flow, log_mean=log_mean)
         return (method.objective(paths, self.cfg) * real.flatten()).sum() / real.sum()
 
@@ -775,9 +777,8 @@ class FineTuning:
 # ============================================================================================= 9. training
 
 def fit(model: nn.Module, title: str, loss_of: Callable, batches: Iterator[Tensor], steps: int,
-        optimiser: optim.Optimizer, journal: Journal, dtype: torch.dtype = torch.float32,
-        evaluations: int = 0, validate: Callable | None = None, after: Callable = lambda step: None,
-        **others: nn.Module) -> None:
+        optimiser: optim.Optimizer, journal: Journal, dtype=torch.float32, evaluations=0, validate=None,
+        after: Callable = lambda step: None, **others: nn.Module) -> None:
     """The one loop that trains all models. loss_of(rows, progress) -> scalar; validate() -> metrics, whose
     N@10 chooses the state to end with (without, the last); after(step) follows a step. A training that was
     cut off goes on from the journal's snapshot, in which `others` are kept, too. Raises DataError."""
@@ -811,8 +812,7 @@ def fit(model: nn.Module, title: str, loss_of: Callable, batches: Iterator[Tenso
 # =================================================================================== 10. decoding, metrics
 
 @torch.no_grad()
-def beam_search(model: T5, catalogue: Catalogue, memory: Memory, beam: int,
-                draws: bool = False) -> tuple[Tensor, Tensor]:
+def beam_search(model: T5, catalogue: Catalogue, memory: Memory, beam: int, draws=False) -> tuple:
     """The most likely items (B, W) that W beams find after histories that the encoder has read, best first,
     and their log p; or W independent draws. All users and all beams step together along the trie, so each
     ends at an item; where the catalogue has fewer items than beams, the rest of the row is N with -inf."""
@@ -899,7 +899,7 @@ def item_codes(run: Run, sasrec: SASRec) -> Catalogue:
 
     def build(journal: Journal) -> dict:
         if cfg.codes:
-            codes = datasets.read_codes(Path(cfg.codes), data.n_items)
+            codes = datasets.read_codes(cfg.codes, data.n_items)
             if codes.shape[1] > 1 and torch.equal(unique_paths(codes[:, :-1]), codes):  # it only counts twins
                 codes = codes[:, :-1]
         else:
@@ -965,7 +965,7 @@ def train_generator(run: Run, stage: str, catalogue: Catalogue, sasrec: SASRec, 
 
 
 @torch.no_grad()
-def recommend(run_folder: str | Path, history: list[int], k: int = 10) -> list[int]:
+def recommend(run_folder: str, history: list[int], k: int = 10) -> list[int]:
     """The k best next items after a history of item ids, oldest first, by a trained generator: run_folder is
     that of an SFT or a fine-tuning, as runs/toy/tb-0123456789. Raises DataError."""
     cfg, kept, history = datasets.read_generator(run_folder, Config, history, k)
@@ -996,4 +996,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

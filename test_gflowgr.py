@@ -962,10 +962,10 @@ def test_curriculum_follows_the_progress_of_training():
 # ----------------------------------------------------------------------------------------------- 7. reward
 
 def test_collaborative_score_by_its_two_scales():
-    scores, items = torch.tensor([[0.0, 3.0, 1.0, 2.0]]), torch.tensor([[1, 0, 3]])
-    assert g.collaborative_score(scores, items).tolist() == [pytest.approx([1, 0, 2 / 3])]
-    p = scores.softmax(1)[0, [1, 0, 3]]
-    assert g.collaborative_score(scores, items, "softmax").tolist() == [pytest.approx((p / p[0]).tolist())]
+    scores = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
+    assert g.collaborative_score(scores).tolist() == [pytest.approx([0, 1, 1 / 3, 2 / 3])]
+    p = scores.softmax(1)[0]
+    assert g.collaborative_score(scores, "softmax").tolist() == [pytest.approx((p / p[1]).tolist())]
 
 
 def test_reward_and_confidence_by_hand():
@@ -1354,7 +1354,8 @@ def test_a_scalar_z_stands_for_the_flow_at_the_root_alone(loss, balance):
     model, sasrec, catalogue, cfg, history, target = method_setting(
         loss=loss, z="scalar", sampler="none", lam=1.0, reward="aug", confidence=False)      # log R = 0
     log_pf, log_flow = log_probs(model, catalogue, history, target[:, None])
-    log_flow = torch.cat([torch.full((4, 1, 1), 10.0), log_flow[..., 1:]], -1)
+    below = catalogue.trie.flows(torch.full((1, 30), 1e-4))[0][catalogue.trie.path[target]][:, None, :-1]
+    log_flow = torch.cat([torch.full((4, 1, 1), math.log(30)), (log_flow + below.log())[..., 1:]], -1)
     expected = (g.sft(log_pf) + balance(log_pf, log_flow, torch.zeros(4, 1))).mean()
     torch.testing.assert_close(loss_of(model, sasrec, catalogue, cfg, history, target, 0.5), expected)
 
@@ -1408,7 +1409,10 @@ def test_method_loss_is_equation_7(loss, balance, share):
             r_aug = float(item == target[b])
             r_sim = sum(x == y for x, y in zip(codes[item], codes[target[b]])) / 3
             log_reward = torch.tensor(math.log(max(r_aug + r_cs + r_sim, 1e-4)))
-            residual = balance(log_pf[b, path], log_flow[b, path], log_reward).item()
+            known = [math.log(sum(max((score - min(scores)) / (max(scores) - min(scores)), 1e-4)
+                                  for other, score in zip(codes, scores)
+                                  if other[:level] == codes[item][:level])) for level in range(3)]
+            residual = balance(log_pf[b, path], log_flow[b, path] + torch.tensor(known), log_reward).item()
             total += 0.5 * (1 - abs(r_aug - r_cs)) * residual / len(some)
     torch.testing.assert_close(value.item(), total, rtol=1e-4, atol=1e-4)
 
@@ -2872,13 +2876,13 @@ def optimum_table(dataset, data_dir, runs_dir):
     run = datasets.Run(cfg, g.needs(cfg), g.fit, g.ranking_metrics)
     sasrec = g.train_sasrec(run)
     catalogue, pairs = g.item_codes(run, sasrec), run.parts["valid"]
-    every, found = torch.arange(run.data.n_items), {name: [] for name in SHARPNESS}
+    found = {name: [] for name in SHARPNESS}
     for rows in torch.arange(len(pairs)).split(128):
         history, target = pairs.batch(rows)
         with torch.no_grad():
             scores = sasrec.scores(history)
         for name, (scale, power) in SHARPNESS.items():
-            r_cs = g.collaborative_score(scores, every.expand(len(rows), -1), scale).clamp(min=1e-4) ** power
+            r_cs = g.collaborative_score(scores, scale).clamp(min=1e-4) ** power
             p = r_cs / r_cs.sum(1, keepdim=True)
             whole, searched = p.topk(cfg.beam).indices, exact_beam(p, catalogue.trie, cfg.beam)
             hits = [(items[:, :10] == target[:, None]).any(1).float() for items in (whole, searched)]
