@@ -1030,6 +1030,29 @@ def test_training_on_balance_makes_probabilities_proportional_to_rewards(objecti
     torch.testing.assert_close(log_flow[:, 0, 0], log_reward.logsumexp(1), atol=0.05, rtol=0)
 
 
+@pytest.mark.parametrize("scale", ["minmax", "softmax"])
+@pytest.mark.parametrize("loss", ["tb", "db"])
+def test_the_known_flow_balances_where_the_reward_is_the_teachers_alone(loss, scale):
+    catalogue, history, target = small_catalogue(), torch.randint(30, (2, 4)), torch.tensor([7, 8])
+    teacher = Scores(torch.randn(30).tolist())
+    paths = trajectories(loss, teacher, history, target, 0.5, reward="cf", scale=scale, k=5, pool=30)
+    flow = paths.flow.gather(1, catalogue.trie.path[paths.items].flatten(1)).view(2, 6, -1).log()
+    balance = {"tb": g.trajectory_balance, "db": g.detailed_balance}[loss]
+    residual = balance(flow.diff(), flow[..., :-1], paths.reward.log())
+    torch.testing.assert_close(residual, torch.zeros(2, 6), atol=1e-8, rtol=0)
+
+
+def test_the_flow_head_tells_what_is_not_known_of_the_flow():
+    catalogue, history, items = small_catalogue(), torch.randint(30, (2, 4)), torch.randint(30, (2, 3))
+    model, flow = small_generator(catalogue), catalogue.trie.flows(torch.rand(2, 30) + 0.1)
+    memory = catalogue.read(model, history)
+    head, whole = (g.path_log_probs(model, catalogue, memory, items, known)[1] for known in (None, flow))
+    below = torch.stack([flow[user, catalogue.trie.path[items[user], :-1]] for user in range(2)])
+    torch.testing.assert_close(whole, head + below.log())
+    torch.nn.init.zeros_(model.flow.weight)
+    torch.testing.assert_close(g.path_log_probs(model, catalogue, memory, items, flow)[1], below.log())
+
+
 def test_smoothing_is_the_cross_entropy_to_the_codes_that_lead_to_an_item():
     catalogue = small_catalogue()
     model, history, items = small_generator(catalogue), torch.randint(30, (2, 4)), torch.randint(30, (2, 3))
