@@ -642,8 +642,8 @@ def average(value: torch.Tensor) -> float:
 
 
 def relative_adamw(model: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with rates relative to a weight's size, about 1 in an embedding and 0.05 in a matrix, as in T5's
-    own Adafactor. Sizes have one digit here: one fused kernel serves all weights of like size."""
+    """AdamW with rates relative to a weight's size at the start, about 1 in an embedding and 0.05 in a matrix
+    (T5's own Adafactor follows it). Sizes have one digit: one fused kernel serves all weights of like size."""
     sizes = {}
     for weight in model.parameters():
         sizes.setdefault(f"{max(1e-3, weight.detach().square().mean() ** 0.5):.0e}", []).append(weight)
