@@ -643,7 +643,7 @@ def average(value: torch.Tensor) -> float:
 
 def relative_adamw(model: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW with rates relative to a weight's size at the start, about 1 in an embedding and 0.05 in a matrix
-    (T5's own Adafactor follows it). Sizes have one digit: one fused kernel serves all weights of like size."""
+    (T5's own Adafactor follows it). Of sizes one digit counts: one fused kernel serves all of like size."""
     sizes = {}
     for weight in model.parameters():
         sizes.setdefault(f"{max(1e-3, weight.detach().square().mean() ** 0.5):.0e}", []).append(weight)

@@ -82,7 +82,7 @@ class Config(datasets.RunSettings):
     finetune_seed: int = knob(-1, "finetune", "seed of the fine-tuning alone; -1: the same as --seed", low=-1)
     finetune_lr: float = knob(0.003, "finetune", "peak rate of AdamW in the fine-tuning [ours]")
     lam: float = knob(0.01, "lambda", "lambda of Eq. 7, weight of what tb, db and ipa add [ours]")
-    share: float = knob(0.125, "share", "of rows, in all losses but SFT's and the controls' [ours]", low=1e-3, below=1.001)
+    share: float = knob(0.125, "share", "of rows, but in SFT's loss and the controls' [ours]", low=1e-3, below=1.001)
     pool: int = knob(512, "pool", "random items that unclicked ones are chosen from, per batch [ours]")
     reward: str = knob("aug,cf,sim", "reward", "parts of the reward [paper]",
                        ("aug,cf,sim", "aug,cf", "aug,sim", "cf,sim", "aug", "cf", "sim"))
@@ -757,7 +757,7 @@ class FineTuning:
     def loss(self, history: Tensor, target: Tensor, progress: float) -> Tensor:
         """The method's loss, its mean over targets -> scalar; Eq. 7 for tb and db. Gradients reach the model
         alone. history (B, T), progress in [0, 1], target (B,) or, of a causal encoder, (B, T): the item after
-        each item, N where padded. [ours]: all but SFT's loss and the controls' is of a random share of rows."""
+        each item, N where padded. [ours]: all but SFT's loss and controls is of a random share of rows."""
         cfg, n, loss, memory = self.cfg, len(history), 0.0, None
         ends = torch.arange(target.shape[1], device=target.device) if target.dim() == 2 else None
         first_half = 0 < progress * cfg.iterations % 1 <= 0.5   # of sprec's iteration: SFT, then DPO
