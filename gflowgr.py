@@ -82,7 +82,7 @@ class Config(datasets.RunSettings):
     finetune_seed: int = knob(-1, "finetune", "seed of the fine-tuning alone; -1: the same as --seed", low=-1)
     finetune_lr: float = knob(0.003, "finetune", "peak rate of AdamW in the fine-tuning [ours]")
     lam: float = knob(0.01, "lambda", "lambda of Eq. 7, weight of what tb, db and ipa add [ours]")
-    share: float = knob(0.125, "share", "of rows, in the losses on further paths [ours]", low=1e-3, below=1.001)
+    share: float = knob(0.125, "share", "of rows, in losses on further paths [ours]", low=1e-3, below=1.001)
     pool: int = knob(512, "pool", "random items that unclicked ones are chosen from, per batch [ours]")
     reward: str = knob("aug,cf,sim", "reward", "parts of the reward [paper]",
                        ("aug,cf,sim", "aug,cf", "aug,sim", "cf,sim", "aug", "cf", "sim"))
