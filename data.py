@@ -165,7 +165,7 @@ def fetch_patiently(url: str, pauses: tuple[float, ...] = (1.0, 4.0)) -> bytes:
 
 def download(dataset: str, data_dir: Path, base_url: str = BASE_URL, pauses: tuple[float, ...] = (1.0, 4.0),
              kinds: tuple[str, ...] = ("inter", "item")) -> Path:
-    """Bring files of a built-in dataset into data_dir/NAME and return that folder.
+    """Bring files of a built-in dataset into data_dir/NAME and return that folder. kinds: inter, item, index.
 
     Files that already lie there are used as they are. What is downloaded must match its git blob id; a file
     that is cut off or wrong never appears under the final name. Raises DataError.
@@ -195,8 +195,8 @@ def published_codes(dataset: str, data_dir: Path) -> Path:
     DataError."""
     known = [name for name, (_, blob_ids) in DATASETS.items() if "index" in blob_ids]
     if dataset not in known:
-        raise DataError(f"--codes letter is what LETTER published for {' and '.join(known)}, not for "
-                        f"{dataset!r}; give the path of a NAME.index.json, or leave --codes out")
+        raise DataError(f"--codes letter is known here for {' and '.join(known)}, not for {dataset!r}; "
+                        "give the path of a NAME.index.json, or leave --codes out")
     folder = download(dataset, data_dir, kinds=("index",))
     return folder / f"{folder.name}.index.json"
 
@@ -442,7 +442,7 @@ def text_vectors(texts: list[str], dim: int, seed: int = 42) -> torch.Tensor:
     number = collections.defaultdict(itertools.count().__next__)                # of each word, as they come
     found = [np.array([number[word] for word in re.findall(r"\w+", text.lower())], np.int32)
              for text in texts]
-    row = np.repeat(np.arange(len(texts)), [len(words) for words in found])
+    row = np.repeat(np.arange(len(texts), dtype=np.int64), [len(words) for words in found])
     entry, count = np.unique(row * len(number) + np.concatenate(found), return_counts=True)
     row, word = np.divmod(entry, max(len(number), 1))
     frequency = np.bincount(word)                                               # in how many items
@@ -518,9 +518,9 @@ def format_codes(codes: torch.Tensor) -> str:
                        for item, path in enumerate(codes.tolist())})
 
 
-def read_codes(path: str | Path, n_items: int) -> torch.Tensor:
+def read_codes(path: Path, n_items: int) -> torch.Tensor:
     """Codes (N, L) from a file in LETTER's format. Raises DataError: malformed, or for other items."""
-    content = read_json(Path(path))
+    content = read_json(path)
     if content.keys() != set(map(str, range(n_items))):
         raise DataError(f'{path} has codes for {len(content)} items, but this dataset has the items "0" to '
                         f'"{n_items - 1}": give the code file that belongs to it')
@@ -709,17 +709,20 @@ class Run:
         if rank:                                            # what is missing, the first process downloads
             of_the_first(None)
         self.data = data = load(cfg.dataset, Path(cfg.data_dir), cfg.seed)
-        codes = str(published_codes(cfg.dataset, Path(cfg.data_dir))) if cfg.codes == "letter" else cfg.codes
+        letter = cfg.codes == "letter"
+        self.codes_file = published_codes(cfg.dataset, Path(cfg.data_dir)) if letter else Path(cfg.codes)
         if not rank:
             of_the_first(None)
         self.cfg = cfg = dataclasses.replace(   # two ways to say the same are one, also for the cache
-            cfg, precision=str(self.dtype)[6:], codes=codes,
+            cfg, precision=str(self.dtype)[6:],
             finetune_seed=-1 if cfg.finetune_seed == cfg.seed else cfg.finetune_seed)
         if data.offsets.diff().max() < 4:
             raise DataError(f"{data.name}: no user has the 4 interactions that a training pair needs")
         self.check_settings()
-        name = "codes" if cfg.codes else "item_vectors"         # codes make vectors needless
-        self.inputs = {name: git_blob_id(Path(getattr(cfg, name)).read_bytes())} if getattr(cfg, name) else {}
+        self.inputs = {}
+        if cfg.codes or cfg.item_vectors:                       # codes make vectors needless
+            name, file = ("codes", self.codes_file) if cfg.codes else ("item_vectors", Path(cfg.item_vectors))
+            self.inputs = {name: git_blob_id(file.read_bytes())}
         self.parts = {part: pairs.to(self.device) for part, pairs in split(data, cfg.max_history).items()}
         if cfg.encoder == "causal":
             self.parts["train"] = self.parts["train"].windows(cfg.max_history)
@@ -754,7 +757,7 @@ class Run:
             raise DataError(f"--sasrec-dim {self.cfg.sasrec_dim} is no multiple of --sasrec-heads "
                             f"{self.cfg.sasrec_heads}")
         if self.cfg.codes:
-            read_codes(self.cfg.codes, self.data.n_items)
+            read_codes(self.codes_file, self.data.n_items)
         elif self.cfg.item_vectors:
             read_vectors(Path(self.cfg.item_vectors), self.data.n_items)
 
@@ -819,7 +822,7 @@ class Run:
 
     def folder(self, stage: str) -> Path:
         """Where a stage is kept. Of the files that settings name, the content counts, not the path."""
-        settings = {**self.settings(stage), "dataset": self.data.fingerprint, "format": 4}
+        settings = {**self.settings(stage), "dataset": self.data.fingerprint, "format": 5}
         settings.update((name, blob) for name, blob in self.inputs.items() if name in settings)
         key = hashlib.sha1(json.dumps(settings).encode()).hexdigest()[:10]
         label = self.cfg.loss if stage == "finetune" else stage

@@ -44,7 +44,7 @@ from data import DataError, Journal, Run, knob
 class Config(datasets.RunSettings):
     """Every setting but data.py's. [paper]: as the paper, TIGER or LETTER has it; [ours]: our choice."""
     backbone: str = knob("tiger", "backbone", "TIGER's RQ-VAE, or LETTER's", ("tiger", "letter"))
-    codes: str = knob("", "backbone", "ready codes: a NAME.index.json in LETTER's format; letter: its own")
+    codes: str = knob("", "backbone", "ready codes: a NAME.index.json; letter: those that LETTER published")
     levels: int = knob(3, "codes", "codebooks; one more code tells twins apart [paper]", below=26)
     codebook_size: int = knob(256, "codes", "codes per level, C [paper]")
     code_dim: int = knob(32, "codes", "dimensions of a code vector [paper]")
@@ -383,7 +383,7 @@ class T5(nn.Module):
             nn.init.normal_(table.weight, std=d_model ** -0.5)
         self.encoder_norm, self.decoder_norm = RMSNorm(d_model), RMSNorm(d_model)
         self.flow = linear(d_model, 1, d_model ** -0.5)
-        self.scalar_z = nn.Parameter(torch.ones(()))    # steps are relative to its size, so not 0
+        self.scalar_z = nn.Parameter(torch.ones(()))    # see `term`; steps are relative to its size, so not 0
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens (..) -> (.., d). Under autocast the residual stream has autocast's type from here on."""
@@ -480,10 +480,10 @@ class Trie:
 
     def flows(self, leaf: Tensor) -> Tensor:
         """What ends in each item (B, N) -> what flows through each node (B, nodes): all that is below it."""
-        flow = leaf.new_zeros(len(leaf), len(self.code))
+        flow, leaf = leaf.new_zeros(len(self.code), len(leaf)), leaf.T.contiguous()     # rows add up faster
         for nodes in self.path.T:
-            flow.index_add_(1, nodes, leaf)
-        return flow
+            flow.index_add_(0, nodes, leaf)
+        return flow.T
 
 
 # ========================================================================================= 6. trajectories
@@ -629,7 +629,7 @@ class Paths(NamedTuple):
     log_old: Tensor | None      # (B, P) log p by the policy that drew them
     log_ref: Tensor | None      # (B, P) log p by the reference policy
     log_pf: Tensor | None = None    # (B, P, L) log P_F of each step, by the generator in training
-    log_flow: Tensor | None = None  # (B, P, L) log F of s_0 .. s_{L-1}, by the same
+    log_flow: Tensor | None = None  # (B, P, L) log F of s_0 .. s_{L-1}: the head's, + the known log flow
     log_mean: Tensor | None = None  # (B, P, L) the mean log P_F of where the flow goes
 
     def balance(self, objective: Callable) -> Tensor:
@@ -723,18 +723,18 @@ class FineTuning:
             memory = catalogue.read(self.reference, history, ends)
             log_ref = path_log_probs(self.reference, catalogue, memory, items)[0].sum(-1)
         r_aug = (items == items[:, :1]).float()
-        r_cs = collaborative_score(scores, cfg.scale).gather(1, items) if "reward" in method.groups else r_aug
+        r_all = collaborative_score(scores, cfg.scale) if "reward" in method.groups else scores     # (B, N)
+        r_cs = r_all.gather(1, items)
         r_sim = shared_codes(catalogue.codes[items][..., :catalogue.semantic])
         weight = confidence(r_aug, r_cs) if cfg.confidence else torch.ones_like(r_cs)
-        flow = self.flow(method, scores)
+        flow = self.flow(method, scores, r_all)
         return Paths(items, reward(r_aug, r_cs, r_sim, cfg.reward), weight, flow, log_old, log_ref)
 
-    def flow(self, method: Method, scores: Tensor) -> Tensor | None:
-        """What is known of the flow through each node (B, nodes) by SASRec's scores (B, N): for db and tb all
-        reward below it but for clicks and shared codes, for exact the softmax below it, for smooth 1."""
+    def flow(self, method: Method, scores: Tensor, r_cs: Tensor) -> Tensor | None:
+        """What is known of the flow through each node (B, nodes) by SASRec's scores and r_cs (B, N): for db
+        and tb the reward below it as if nothing were clicked, for exact its softmax below, for smooth 1."""
         trie, no = self.catalogue.trie, torch.zeros_like(scores[:, :1])
         if "gflownet" in method.groups:
-            r_cs = collaborative_score(scores, self.cfg.scale)
             return trie.flows(reward(no, r_cs, no, self.cfg.reward).expand_as(scores))
         if "smoothing" in method.groups and method.source == "none":        # over the codes that are allowed
             return torch.ones_like(trie.code, dtype=torch.float).expand(len(scores), -1)
@@ -749,7 +749,7 @@ class FineTuning:
         memory = memory or catalogue.read(model, history, ends)
         log_pf, log_flow, log_mean = path_log_probs(model, catalogue, memory, paths.items, paths.flow)
         if "gflownet" in method.groups and self.cfg.z == "scalar":
-            log_z = 10 * (model.scalar_z - 1) + math.log(len(catalogue.codes))
+            log_z = 10 * (model.scalar_z - 1) + math.log(len(catalogue.codes))      # begins at log N
             log_flow = torch.cat([log_z.expand_as(log_flow[..., :1]), log_flow[..., 1:]], -1)
         paths = paths._replace(log_pf=log_pf, log_flow=log_flow, log_mean=log_mean)
         return (method.objective(paths, self.cfg) * real.flatten()).sum() / real.sum()
@@ -899,7 +899,7 @@ def item_codes(run: Run, sasrec: SASRec) -> Catalogue:
 
     def build(journal: Journal) -> dict:
         if cfg.codes:
-            codes = datasets.read_codes(cfg.codes, data.n_items)
+            codes = datasets.read_codes(run.codes_file, data.n_items)
             if codes.shape[1] > 1 and torch.equal(unique_paths(codes[:, :-1]), codes):  # it only counts twins
                 codes = codes[:, :-1]
         else:
@@ -965,9 +965,9 @@ def train_generator(run: Run, stage: str, catalogue: Catalogue, sasrec: SASRec, 
 
 
 @torch.no_grad()
-def recommend(run_folder: str, history: list[int], k: int = 10) -> list[int]:
+def recommend(run_folder, history: list[int], k: int = 10) -> list[int]:
     """The k best next items after a history of item ids, oldest first, by a trained generator: run_folder is
-    that of an SFT or a fine-tuning, as runs/toy/tb-0123456789. Raises DataError."""
+    that of an SFT or a fine-tuning, as "runs/toy/tb-0123456789". Raises DataError."""
     cfg, kept, history = datasets.read_generator(run_folder, Config, history, k)
     catalogue = Catalogue.of(kept["codes"], kept["semantic"])
     model = datasets.load_state(generator(cfg, catalogue), kept["state"], run_folder)

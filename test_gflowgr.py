@@ -1040,6 +1040,9 @@ def test_the_known_flow_balances_where_the_reward_is_the_teachers_alone(loss, sc
     balance = {"tb": g.trajectory_balance, "db": g.detailed_balance}[loss]
     residual = balance(flow.diff(), flow[..., :-1], paths.reward.log())
     torch.testing.assert_close(residual, torch.zeros(2, 6), atol=1e-8, rtol=0)
+    parent = torch.repeat_interleave(torch.arange(catalogue.trie.first_leaf), catalogue.trie.n_children)
+    inflow = torch.zeros_like(paths.flow).index_add_(1, parent, paths.flow[:, 1:])      # of a node's children
+    torch.testing.assert_close(inflow[:, :len(parent.unique())], paths.flow[:, :len(parent.unique())])
 
 
 def test_the_flow_head_tells_what_is_not_known_of_the_flow():
@@ -2814,6 +2817,12 @@ def scaled_stage(stage, n_items):
         def work():
             pairs = datasets.split(data)["train"]
             batches_of(pairs.windows(20), 256, math.ceil(len(pairs) / 256))
+    elif stage == "item text to vectors":
+        words = np.random.default_rng(0).zipf(1.2, (n_items, 20)) % 200_000     # few are common, many rare
+        texts = [" ".join(map(str, row)) for row in words]
+
+        def work():
+            datasets.text_vectors(texts, 128)
     elif stage == "trie":
         def work():
             g.Trie(codes)
@@ -2835,6 +2844,7 @@ def scaled_stage(stage, n_items):
             with torch.no_grad(), autocast(device):
                 g.beam_search(model, catalogue, catalogue.read(model, history), 20)
     else:
+        assert stage in ("SASRec step", "trajectories of TB"), stage
         sasrec = g.SASRec(n_items, 128, 2, 2, 0.4, 50).train(stage == "SASRec step")
         tuning = g.FineTuning(g.T5(4, int(codes.max()) + 1), sasrec, g.Catalogue.of(codes, 3), g.Config())
         optimiser = torch.optim.AdamW(sasrec.parameters(), 1e-3, fused=True)
