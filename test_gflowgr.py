@@ -2802,12 +2802,20 @@ def speed_table(device):
     return f"peak of its matrix products: {peak / 1e12:.2f} TFLOP/s\n" + datasets.aligned(table)
 
 
+def most_memory():
+    """Of this process so far, in GiB, as Linux tells it."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2 ** 20
+
+
+def random_texts(n_items):
+    """Of 20 words each, few of which are common and many rare."""
+    words = np.random.default_rng(0).zipf(1.2, (n_items, 20)) % 200_000
+    return [" ".join(map(str, row)) for row in words]
+
+
 def scaled_stage(stage, n_items):
     """Seconds and GiB that a stage takes for a catalogue of n_items and 10 interactions per item, on a CPU:
     a step of 256 histories (of SASRec's training 128 sequences of 10 items), or what is built once."""
-    def most_memory():                                  # of this process so far, in GiB, as Linux tells it
-        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2 ** 20
-
     device, start = torch.device("cpu"), most_memory()
     history, codes = torch.randint(n_items, (256, 10)), g.unique_paths(torch.randint(256, (n_items, 3)))
     if stage == "split, 1 epoch of batches":
@@ -2818,11 +2826,7 @@ def scaled_stage(stage, n_items):
             pairs = datasets.split(data)["train"]
             batches_of(pairs.windows(20), 256, math.ceil(len(pairs) / 256))
     elif stage == "item text to vectors":
-        words = np.random.default_rng(0).zipf(1.2, (n_items, 20)) % 200_000     # few are common, many rare
-        texts = [" ".join(map(str, row)) for row in words]
-
-        def work():
-            datasets.text_vectors(texts, 128)
+        work = functools.partial(datasets.text_vectors, random_texts(n_items), 128)
     elif stage == "trie":
         def work():
             g.Trie(codes)
@@ -2844,7 +2848,6 @@ def scaled_stage(stage, n_items):
             with torch.no_grad(), autocast(device):
                 g.beam_search(model, catalogue, catalogue.read(model, history), 20)
     else:
-        assert stage in ("SASRec step", "trajectories of TB"), stage
         sasrec = g.SASRec(n_items, 128, 2, 2, 0.4, 50).train(stage == "SASRec step")
         tuning = g.FineTuning(g.T5(4, int(codes.max()) + 1), sasrec, g.Catalogue.of(codes, 3), g.Config())
         optimiser = torch.optim.AdamW(sasrec.parameters(), 1e-3, fused=True)
