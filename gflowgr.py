@@ -723,7 +723,7 @@ class FineTuning:
             memory = catalogue.read(self.reference, history, ends)
             log_ref = path_log_probs(self.reference, catalogue, memory, items)[0].sum(-1)
         r_aug = (items == items[:, :1]).float()
-        r_all = collaborative_score(scores, cfg.scale) if "reward" in method.groups else scores     # (B, N)
+        r_all = collaborative_score(scores, cfg.scale) if "reward" in method.groups else scores     # unused
         r_cs = r_all.gather(1, items)
         r_sim = shared_codes(catalogue.codes[items][..., :catalogue.semantic])
         weight = confidence(r_aug, r_cs) if cfg.confidence else torch.ones_like(r_cs)
@@ -734,7 +734,7 @@ class FineTuning:
         """What is known of the flow through each node (B, nodes) by SASRec's scores and r_cs (B, N): for db
         and tb the reward below it as if nothing were clicked, for exact its softmax below, for smooth 1."""
         trie, no = self.catalogue.trie, torch.zeros_like(scores[:, :1])
-        if "gflownet" in method.groups:
+        if "gflownet" in method.groups:     # from log F = 0 the loss would for long be little but Z's error
             return trie.flows(reward(no, r_cs, no, self.cfg.reward).expand_as(scores))
         if "smoothing" in method.groups and method.source == "none":        # over the codes that are allowed
             return torch.ones_like(trie.code, dtype=torch.float).expand(len(scores), -1)
@@ -757,7 +757,7 @@ class FineTuning:
     def loss(self, history: Tensor, target: Tensor, progress: float) -> Tensor:
         """The method's loss, its mean over targets -> scalar; Eq. 7 for tb and db. Gradients reach the model
         alone. history (B, T), progress in [0, 1], target (B,) or, of a causal encoder, (B, T): the item after
-        each item, N where padded. [ours]: all but SFT's loss and controls is of a random share of rows."""
+        each item, N where padded. [ours]: but for SFT's loss and the controls, of a share of the rows."""
         cfg, n, loss, memory = self.cfg, len(history), 0.0, None
         ends = torch.arange(target.shape[1], device=target.device) if target.dim() == 2 else None
         first_half = 0 < progress * cfg.iterations % 1 <= 0.5   # of sprec's iteration: SFT, then DPO
