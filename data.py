@@ -1086,7 +1086,7 @@ class Progress(contextlib.ExitStack):
         super().__init__()
         self.title, self.steps, self.journal = title, steps, journal
         self.parts = {name: part for name, part in parts.items() if part is not None}
-        self.first, self.signals, self.best, self.latest = 0, [], {}, {}
+        self.first, self.signals, self.best, self.latest, self.checked = 0, [], {}, {}, []
 
     def __enter__(self) -> Progress:
         super().__enter__()
@@ -1122,7 +1122,7 @@ class Progress(contextlib.ExitStack):
                 if device.type == "cuda" and found["random_cuda"] is not None:
                     torch.cuda.set_rng_state(found["random_cuda"], device)
             print(f"{self.title}: goes on after step {self.first:,} of {self.steps:,}", flush=True)
-        self.began = time.perf_counter()
+        self.began = self.last = time.perf_counter()
         self.bar = self.enter_context(tqdm(desc=self.title, total=self.steps, initial=self.first, unit="step",
                                            disable=quiet(), leave=False))
         return (found["step"], found["best"], found["best_score"]) if found else (0, None, -1.0)
@@ -1130,6 +1130,8 @@ class Progress(contextlib.ExitStack):
     def done(self, step: int, loss: torch.Tensor, metrics: dict, best: tuple) -> None:
         """After a step: its loss and, where the model was validated, its metrics; best: the best state so far
         and its score. Raises DataError where the loss is not finite, and Stopped."""
+        last, self.last = self.last, time.perf_counter()
+        self.checked += [self.last - last] * bool(metrics)      # seconds of the steps that were validated
         if step % 50 == 0 or metrics or step == self.steps:     # not always: it waits for the device
             self.report(step, average(loss), metrics)
         number = of_any(max(self.signals, default=0))       # all processes stop after the same step
@@ -1158,6 +1160,14 @@ class Progress(contextlib.ExitStack):
         raise DataError(f"{self.title}: {what} at step {step:,} of {self.steps:,}; lower the rates or "
                         f"weights of this training ({place})")
 
+    def left(self, step: int) -> str:
+        """The time until this training and the next, which has as many validations, have ended."""
+        took, done, checked = self.last - self.began, step - self.first, sum(self.checked)
+        pace = (took - checked) / max(done - len(self.checked), 1)          # seconds of a step alone
+        after = self.journal.afterwards and self.journal.afterwards * self.steps * pace \
+            + (checked - pace * len(self.checked)) * self.steps / done
+        return tqdm.format_interval((self.steps - step) * took / done + after)
+
     def report(self, step: int, loss: float, metrics: dict) -> None:
         """Note it, and show it on the bar or, where there is none, in a line."""
         if not np.isfinite(loss):
@@ -1166,8 +1176,7 @@ class Progress(contextlib.ExitStack):
             counts = [state["step"] for state in self.parts["optimiser"].state.values()]
             self.latest["skipped for overflow in fp16"] = step - int(torch.stack(counts).max())
         self.journal.log({"step": step, "loss": loss, **self.latest, **metrics})
-        pace = (time.perf_counter() - self.began) / (step - self.first)                 # seconds per step
-        left = tqdm.format_interval((self.steps - step + self.journal.afterwards * self.steps) * pace)
+        left = self.left(step)
         if metrics:
             self.best = {"valid N@10": f"{metrics['N@10']:.4f}"}
             if self.bar.disable:                                                    # piped output has no bar

@@ -509,9 +509,8 @@ class Catalogue(NamedTuple):
 
 def path_log_probs(model: T5, catalogue: Catalogue, memory: Memory, items: Tensor, flow=None) -> tuple:
     """How likely each step of the paths of items (B, P) is, after B histories that the encoder has read ->
-    log_pf (B, P, L), [.., l] being log P_F(s_{l+1} | s_l); log_flow (B, P, L) of s_0 .. s_{L-1}: the head's,
-    [ours] added to the log of a flow (B, nodes) that is known; and of that flow log_mean (B, P, L), the mean
-    of log P_F over where it goes from s_l, else None."""
+    log_pf (B, P, L), [.., l] being log P_F(s_{l+1} | s_l); the flow head's output (B, P, L) of s_0 .. s_{L-1}
+    and, if given a flow (B, nodes), log_mean (B, P, L), the mean of log P_F over where it goes from s_l."""
     state = model.decode_paths(F.pad(catalogue.tokens[items][..., :-1], (1, 0)), memory)
     trie, path, log_pf, log_mean = catalogue.trie, catalogue.trie.path[items], [], []
     for level in range(model.levels):
@@ -522,10 +521,8 @@ def path_log_probs(model: T5, catalogue: Catalogue, memory: Memory, items: Tenso
         if flow is not None:
             weight = flow.gather(1, child.flatten(1)).view_as(child) * (log_probs != -torch.inf)
             log_mean.append((weight * log_probs.masked_fill(weight == 0, 0)).sum(-1) / weight.sum(-1))
-    log_flow = model.flow(state).squeeze(-1).float()
-    if flow is not None:
-        log_flow = log_flow + flow.gather(1, path[..., :-1].flatten(1)).view_as(log_flow).log()
-    return torch.stack(log_pf, -1), log_flow, torch.stack(log_mean, -1) if log_mean else None
+    head, log_mean = model.flow(state).squeeze(-1).float(), torch.stack(log_mean, -1) if log_mean else None
+    return torch.stack(log_pf, -1), head, log_mean
 
 
 def curriculum_sample(scores: Tensor, pool: Tensor, exclude: Tensor, k: int, beta: float) -> Tensor:
@@ -625,11 +622,12 @@ class Paths(NamedTuple):
     items: Tensor       # (B, P)
     reward: Tensor      # (B, P) R
     weight: Tensor      # (B, P) w of Eq. 8
-    flow: Tensor | None         # (B, nodes) what is known of the flow through each node, never 0
-    log_old: Tensor | None      # (B, P) log p by the policy that drew them
-    log_ref: Tensor | None      # (B, P) log p by the reference policy
+    log_known: Tensor | float = 0.0     # (B, P, L) log of the flow that SASRec knows at s_0 .. s_{L-1}
+    flow: Tensor | None = None      # (B, nodes) what flows through each node, never 0
+    log_old: Tensor | None = None   # (B, P) log p by the policy that drew them
+    log_ref: Tensor | None = None   # (B, P) log p by the reference policy
     log_pf: Tensor | None = None    # (B, P, L) log P_F of each step, by the generator in training
-    log_flow: Tensor | None = None  # (B, P, L) log F of s_0 .. s_{L-1}: the head's, + the known log flow
+    log_flow: Tensor | None = None  # (B, P, L) log F of s_0 .. s_{L-1}: what the head says, + log_known
     log_mean: Tensor | None = None  # (B, P, L) the mean log P_F of where the flow goes
 
     def balance(self, objective: Callable) -> Tensor:
@@ -654,6 +652,7 @@ class Method(NamedTuple):
     cost: float             # time of its step over SFT's, about what was measured (README)
     objective: Callable     # (Paths, Config) -> (B,)
     with_sft: bool = False  # is SFT's loss, of all targets, added?
+    flow: Callable | None = None    # (Trie, scores (B, N)) -> the flow (B, nodes) that log_mean follows
 
 
 METHODS = {
@@ -676,9 +675,11 @@ METHODS = {
                    lambda y, c: grpo(*y.drawn(), c.clip, c.kl)),
     # Two controls that are none of the paper's: is it the balance that helps, or any spreading, any teacher?
     "smooth": Method("none", lambda c: 0, ("smoothing",), 1.0, lambda y, c: torch.lerp(
-                     sft(y.log_pf[:, 0]), sft(y.log_mean[:, 0]), c.smoothing)),
+                     sft(y.log_pf[:, 0]), sft(y.log_mean[:, 0]), c.smoothing),
+                     flow=lambda trie, scores: torch.ones_like(trie.code).float().expand(len(scores), -1)),
 }
-METHODS["exact"] = METHODS["smooth"]._replace(source="all", cost=1.3)   # spread as SASRec's flow is
+METHODS["exact"] = METHODS["smooth"]._replace(source="all", cost=1.3,      # spread as SASRec's softmax is
+                                              flow=lambda trie, s: trie.flows(s.softmax(1).clamp(min=1e-20)))
 
 
 class FineTuning:
@@ -727,18 +728,18 @@ class FineTuning:
         r_cs = r_all.gather(1, items)
         r_sim = shared_codes(catalogue.codes[items][..., :catalogue.semantic])
         weight = confidence(r_aug, r_cs) if cfg.confidence else torch.ones_like(r_cs)
-        flow = self.flow(method, scores, r_all)
-        return Paths(items, reward(r_aug, r_cs, r_sim, cfg.reward), weight, flow, log_old, log_ref)
+        known = self.log_known(r_all, items) if "gflownet" in method.groups else 0.0
+        flow = method.flow and method.flow(catalogue.trie, scores)
+        return Paths(items, reward(r_aug, r_cs, r_sim, cfg.reward), weight, known, flow, log_old, log_ref)
 
-    def flow(self, method: Method, scores: Tensor, r_cs: Tensor) -> Tensor | None:
-        """What is known of the flow through each node (B, nodes) by SASRec's scores and r_cs (B, N): for db
-        and tb the reward below it as if nothing were clicked, for exact its softmax below, for smooth 1."""
-        trie, no = self.catalogue.trie, torch.zeros_like(scores[:, :1])
-        if "gflownet" in method.groups:     # from log F = 0 the loss would for long be little but Z's error
-            return trie.flows(reward(no, r_cs, no, self.cfg.reward).expand_as(scores))
-        if "smoothing" in method.groups and method.source == "none":        # over the codes that are allowed
-            return torch.ones_like(trie.code, dtype=torch.float).expand(len(scores), -1)
-        return trie.flows(scores.softmax(1).clamp(min=1e-20)) if method.source == "all" else None
+    def log_known(self, r_cs: Tensor, items: Tensor) -> Tensor:
+        """Log of the reward below s_0 .. s_{L-1} of the paths of items (B, P) as if nothing were clicked, by
+        all r_cs (B, N) -> (B, P, L); for tb, which asks for no other, of s_0 alone, (B, 1, 1)."""
+        trie, no = self.catalogue.trie, torch.zeros_like(r_cs[:, :1])
+        leaf, node = reward(no, r_cs, no, self.cfg.reward).expand_as(r_cs), trie.path[items][..., :-1]
+        if self.cfg.loss == "tb":
+            return leaf.sum(1).log()[:, None, None]
+        return trie.flows(leaf).gather(1, node.flatten(1)).view_as(node).log()
 
     def term(self, method: Method, history: Tensor, target: Tensor, progress: float, ends, memory) -> Tensor:
         """A method's objective, its mean over the targets but the padding; see `loss`. No memory: read it."""
@@ -748,6 +749,7 @@ class FineTuning:
         paths = self.trajectories(method, history, items, progress, ends)
         memory = memory or catalogue.read(model, history, ends)
         log_pf, log_flow, log_mean = path_log_probs(model, catalogue, memory, paths.items, paths.flow)
+        log_flow = log_flow + paths.log_known       # from log F = 0 the loss would for long be but Z's error
         if "gflownet" in method.groups and self.cfg.z == "scalar":
             log_z = 10 * (model.scalar_z - 1) + math.log(len(catalogue.codes))      # begins at log N
             log_flow = torch.cat([log_z.expand_as(log_flow[..., :1]), log_flow[..., 1:]], -1)
@@ -780,8 +782,8 @@ def fit(model: nn.Module, title: str, loss_of: Callable, batches: Iterator[Tenso
         optimiser: optim.Optimizer, journal: Journal, dtype=torch.float32, evaluations=0, validate=None,
         after: Callable = lambda step: None, **others: nn.Module) -> None:
     """The one loop that trains all models. loss_of(rows, progress) -> scalar; validate() -> metrics, whose
-    N@10 chooses the state to end with (without, the last); after(step) follows a step. A training that was
-    cut off goes on from the journal's snapshot, in which `others` are kept, too. Raises DataError."""
+    N@10 chooses the state to end with (else the last); after(step) follows a step. A training that was cut
+    off goes on from the journal's snapshot, which holds `others`, too. Raises DataError."""
     device = next(model.parameters()).device
     rate = optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(       # warm-up, then half a cosine
         20 * (step + 1) / steps, 0.5 * (1 + math.cos(math.pi * step / steps))))
@@ -823,8 +825,8 @@ def beam_search(model: T5, catalogue: Catalogue, memory: Memory, beam: int, draw
     for level in range(model.levels):
         past = [(keys[parent], values[parent]) for keys, values in past] if level else None
         state, past = model.decode(token.reshape(rows, -1, 1), memory, past)
-        logits = model.code_logits(state.view(*token.shape, -1), level)
-        child, log_probs = trie.log_probs(logits, node, level)                      # (B, 1 or W, width)
+        state = state.view(*token.shape, -1)                                        # (B, 1 or W, d)
+        child, log_probs = trie.log_probs(model.code_logits(state, level), node, level)
         total, width = (score[..., None] + log_probs).flatten(1), child.shape[-1]
         if draws:                           # the argmax of log p + Gumbel noise is a draw from p
             noise = -torch.empty_like(log_probs).exponential_().log()
@@ -916,8 +918,7 @@ def item_codes(run: Run, sasrec: SASRec) -> Catalogue:
 
 def train_sasrec(run: Run) -> SASRec:
     """The collaborative model, trained on every user's training sequence and frozen from then on."""
-    cfg = run.cfg
-    length = max(cfg.sasrec_length, cfg.max_history)    # else positions that are used would not be trained
+    cfg, length = run.cfg, max(run.cfg.sasrec_length, run.cfg.max_history)     # all that is used is trained
     torch.manual_seed(cfg.seed)
     model = SASRec(run.data.n_items, cfg.sasrec_dim, cfg.sasrec_layers, cfg.sasrec_heads, cfg.sasrec_dropout,
                    length).to(run.device)
@@ -977,8 +978,7 @@ def recommend(run_folder, history: list[int], k: int = 10) -> list[int]:
 
 def run_all(cfg: Config) -> tuple[str, dict]:
     """All stages in order, each one kept; returns the tables of results, and the results."""
-    run = Run(cfg, needs(cfg), fit, ranking_metrics)
-    method = METHODS[cfg.loss]
+    run, method = Run(cfg, needs(cfg), fit, ranking_metrics), METHODS[cfg.loss]
     if method.source == "random" or method.source == "curriculum" and cfg.sampler != "none":
         run.check_unclicked(method.paths(cfg))
     sasrec = train_sasrec(run)

@@ -1036,25 +1036,26 @@ def test_the_known_flow_balances_where_the_reward_is_the_teachers_alone(loss, sc
     catalogue, history, target = small_catalogue(), torch.randint(30, (2, 4)), torch.tensor([7, 8])
     teacher = Scores(torch.randn(30).tolist())
     paths = trajectories(loss, teacher, history, target, 0.5, reward="cf", scale=scale, k=5, pool=30)
-    flow = paths.flow.gather(1, catalogue.trie.path[paths.items].flatten(1)).view(2, 6, -1).log()
+    r_cs = g.collaborative_score(teacher.values.detach()[None], scale)[0].clamp(min=1e-4)
+    codes, levels = catalogue.codes, range(catalogue.codes.shape[1] + 1)
+    below = torch.tensor([[r_cs[(codes[:, :level] == codes[item, :level]).all(1)].sum().item()
+                           for level in levels] for item in paths.items.flatten()]).view(2, 6, -1).log()
+    known = below[..., :-1] if loss == "db" else below[..., :1, :1].expand(-1, -1, 1)[:, :1]
+    torch.testing.assert_close(paths.log_known, known)
     balance = {"tb": g.trajectory_balance, "db": g.detailed_balance}[loss]
-    residual = balance(flow.diff(), flow[..., :-1], paths.reward.log())
+    residual = balance(below.diff(), torch.zeros_like(below[..., 1:]) + paths.log_known, paths.reward.log())
     torch.testing.assert_close(residual, torch.zeros(2, 6), atol=1e-8, rtol=0)
-    inner = catalogue.trie.first_leaf                                   # nodes above the leaves
-    parent = torch.repeat_interleave(torch.arange(inner), catalogue.trie.n_children)
-    inflow = torch.zeros_like(paths.flow).index_add_(1, parent, paths.flow[:, 1:])      # of a node's children
-    torch.testing.assert_close(inflow[:, :inner], paths.flow[:, :inner])
 
 
 def test_the_flow_head_tells_what_is_not_known_of_the_flow():
-    catalogue, history, items = small_catalogue(), torch.randint(30, (2, 4)), torch.randint(30, (2, 3))
-    model, flow = small_generator(catalogue), catalogue.trie.flows(torch.rand(2, 30) + 0.1)
-    memory = catalogue.read(model, history)
-    head, whole = (g.path_log_probs(model, catalogue, memory, items, known)[1] for known in (None, flow))
-    below = torch.stack([flow[user, catalogue.trie.path[items[user], :-1]] for user in range(2)])
-    torch.testing.assert_close(whole, head + below.log())
-    torch.nn.init.zeros_(model.flow.weight)
-    torch.testing.assert_close(g.path_log_probs(model, catalogue, memory, items, flow)[1], below.log())
+    model, sasrec, catalogue, cfg, history, target = method_setting(loss="db", sampler="none")
+    tuning, method, asked = g.FineTuning(model, sasrec, catalogue, cfg), g.METHODS["db"], []
+    paths = tuning.trajectories(method, history, target, 0.5)
+    spy = method._replace(objective=lambda y, c: asked.append(y.log_flow) or y.log_pf.sum((1, 2)))
+    tuning.term(spy, history, target, 0.5, None, None)
+    head = log_probs(model, catalogue, history, target[:, None])[1]
+    assert paths.log_known.shape == head.shape and head.abs().min() > 0
+    torch.testing.assert_close(asked[0], head + paths.log_known)
 
 
 def test_smoothing_is_the_cross_entropy_to_the_codes_that_lead_to_an_item():
@@ -1069,7 +1070,8 @@ def test_smoothing_is_the_cross_entropy_to_the_codes_that_lead_to_an_item():
         step = {int(code): every[user, item, level].item() for item, code in enumerate(codes[:, level])
                 if alike[item]}
         assert even[user, slot, level].item() == pytest.approx(np.mean(list(step.values())), abs=1e-4)
-    paths = g.Paths(items, *[None] * 5, torch.full((2, 3, 3), -1.0), None, torch.full((2, 3, 3), -2.0))
+    log_pf, log_mean = torch.full((2, 3, 3), -1.0), torch.full((2, 3, 3), -2.0)
+    paths = g.Paths(items, None, None, log_pf=log_pf, log_mean=log_mean)
     loss = g.METHODS["smooth"].objective(paths, g.Config(smoothing=0.25))
     assert loss.tolist() == pytest.approx([0.75 * 3 + 0.25 * 6] * 2)
 
@@ -1366,7 +1368,8 @@ def test_the_old_policy_draws_and_the_reference_judges_once_they_differ(loss):
 
 def test_each_objective_is_put_on_its_own_paths():
     (reward, old, ref), log_flow, log_pf = torch.rand(3, 2, 5), torch.randn(2, 5, 3), -torch.rand(2, 5, 3)
-    y = g.Paths(torch.arange(10).view(2, 5), reward, reward, None, old, ref, log_pf, log_flow)
+    y = g.Paths(torch.arange(10).view(2, 5), reward, reward, log_old=old, log_ref=ref, log_pf=log_pf,
+                log_flow=log_flow)
     c, p = g.Config(lam=0.5, kl=0.5, beta=0.7, sprec_beta=0.3), log_pf.sum(-1)
     d, drawn = p - ref, [x[:, 1:] for x in (p, old, ref, reward)]
     for loss, expected in {"dpo": g.dpo(d[:, 0], d[:, 1:], 0.7), "sprec": g.dpo(d[:, 0], d[:, 1:], 0.3),
@@ -2123,6 +2126,20 @@ def test_a_signal_that_comes_after_the_last_step_counts():
     assert stopped.value.args == (signal.SIGTERM,) and signal.getsignal(signal.SIGTERM) == before
 
 
+def test_the_time_left_counts_validations_and_the_next_training(monkeypatch, capsys, tmp_path):
+    clock, parts = [0.0], {"model": torch.nn.Linear(1, 1), "scaler": torch.amp.GradScaler(enabled=False)}
+    monkeypatch.setattr(datasets.time, "perf_counter", lambda: clock[0])
+    with datasets.Journal(tmp_path, every=1e9, afterwards=3.0) as journal, \
+            datasets.Progress("sft", 80, journal, parts) as progress:
+        progress.resume()
+        for step in range(1, 41):                                   # steps of 2 s, validations of 30 s
+            checked = step % 20 == 0
+            clock[0] += 2 + 30 * checked
+            progress.done(step, torch.tensor(1.0), {"N@10": 0.1} if checked else {}, ({}, 0.1))
+    # this one: 40 steps and 2 validations more; the next: 240 steps, 4 validations
+    assert "step 40 of 80" in (out := capsys.readouterr().out) and "about 12:20 left" in out, out
+
+
 def test_notes_begin_anew_where_nothing_tells_how_far_they_hold(tmp_path):
     notes = tmp_path / "metrics.jsonl"
     notes.write_text('{"step": 50}\n' * 40)
@@ -2816,7 +2833,8 @@ def random_texts(n_items):
 
 def scaled_stage(stage, n_items):
     """Seconds and GiB that a stage takes for a catalogue of n_items and 10 interactions per item, on a CPU:
-    a step of 256 histories (of SASRec's training 128 sequences of 10 items), or what is built once."""
+    a step (256 users of beam search, 128 sequences of 10 items of SASRec's training, the 32 histories that get
+    paths in a batch of 256), or what is built once."""
     device, start = torch.device("cpu"), most_memory()
     history, codes = torch.randint(n_items, (256, 10)), g.unique_paths(torch.randint(256, (n_items, 3)))
     if stage == "split, 1 epoch of batches":
@@ -2856,7 +2874,7 @@ def scaled_stage(stage, n_items):
         def work():
             with autocast(device):
                 if stage == "trajectories of TB":
-                    return tuning.trajectories(g.METHODS["tb"], history, history[:, 0], 0.5)
+                    return tuning.trajectories(g.METHODS["tb"], history[:32], history[:32, 0], 0.5)
                 sasrec.loss(history[:128], history[128:], 50_000).backward()
             optimiser.step()
             optimiser.zero_grad()
