@@ -1240,7 +1240,7 @@ def summary(run: Run, scores: Callable, r_cs: Callable) -> tuple[str, dict]:
     last = f"{'only' if run.cfg.from_scratch else 'then'} {run.cfg.loss}"
     results = {"popularity": {"test": test, "top": popular}, "SASRec": run.results["sasrec"],
                "SFT": run.results["sft"], last: run.results["finetune"]}
-    parts = [results_table(run, results)]
+    parts = [results_table(run, results) + "\n" + less_sft(run.data, results)]
     if run.cfg.diversity:
         parts.append(diversity_table(run, results, scores, r_cs))
     if run.cfg.show:
@@ -1308,6 +1308,19 @@ def results_table(run: Run, results: dict[str, dict]) -> str:
         table.append([label, *("" if value is None else f"{value:.4f}" for value in values),
                       f"{result['seconds']:.0f}" if "seconds" in result else ""])
     return aligned(table)
+
+
+def less_sft(data: Data, results: dict[str, dict]) -> str:
+    """A line: the last result's test R@10 and N@10 less those of SFT, the result before it, and the standard
+    error of that: the users are the same, so it is far smaller than that of each."""
+    (_, before), (label, after) = list(results.items())[-2:]
+    taken = data.items[data.offsets[1:] - 1, None]
+    hits = [(result["top"][:, :10].cpu() == taken).double() for result in (before, after)]
+    gains = {"R@10": torch.ones(10).double(), "N@10": 1 / torch.log2(torch.arange(2, 12).double())}
+    differences = {name: (hits[1] - hits[0]) @ gain[:hits[0].shape[1]] for name, gain in gains.items()}
+    found = ", ".join(f"{name} {per_user.mean():+.4f} ± {per_user.std(correction=0) / len(taken) ** 0.5:.4f}"
+                      for name, per_user in differences.items())
+    return f"the same {len(taken):,} users, {label} less SFT: {found} (standard error)"
 
 
 def diversity_table(run: Run, results: dict[str, dict], scores: Callable, r_cs: Callable) -> str:

@@ -2309,7 +2309,7 @@ def test_fresh_starts_over_and_a_damaged_snapshot_is_set_aside(world, capsys, mo
 def test_quiet_prints_the_table_alone(world, capsys):
     loud, quiet = run(capsys), run(capsys, "--quiet", "--runs-dir", "again")
     assert quiet.err == "" and quiet.out.splitlines()[0].startswith("test ")
-    assert table(quiet.out) == table(loud.out) and len(quiet.out.splitlines()) == 5
+    assert table(quiet.out) == table(loud.out) and len(quiet.out.splitlines()) == 6
 
 
 def test_plot_is_drawn_or_says_what_is_missing(world, capsys, monkeypatch):
@@ -2429,6 +2429,22 @@ def test_diversity_and_case_studies_are_printed(world, capsys):
         assert [line[50:] for line in pairs] == [data.titles[item][:44] for item in kept["top"][user, :10]]
         found = {line[3:47].strip() for line in pairs}
         assert all(("*" in line[47:50]) == (line[50:] not in found) or "=>" in line[47:50] for line in pairs)
+
+
+def test_the_change_from_sft_has_the_standard_error_of_the_users_differences(world, capsys):
+    out = run(capsys).out
+    folders = [next((world / "runs" / "toy").glob(f"{stage}-*")) for stage in ("sft", "tb")]
+    before, after = (datasets.read_kept(folder / "checkpoint.pt")["top"] for folder in folders)
+    data, change = datasets.toy(42), {"R@10": [], "N@10": []}
+    for user in range(data.n_users):
+        taken = data.items[data.offsets[user + 1] - 1].item()
+        lists = after[user, :10].tolist(), before[user, :10].tolist()
+        ranks = [items.index(taken) if taken in items else math.inf for items in lists]
+        change["R@10"].append((ranks[0] < 10) - (ranks[1] < 10))
+        change["N@10"].append(np.subtract(*(1 / math.log2(rank + 2) for rank in ranks)))
+    for name, values in change.items():
+        error = np.std(values) / math.sqrt(len(values))
+        assert error > 0 and f"{name} {np.mean(values):+.4f} ± {error:.4f}" in out.splitlines()[-1], out
 
 
 def test_report_has_mean_spread_and_the_papers_figures(tmp_path):
@@ -2833,8 +2849,8 @@ def random_texts(n_items):
 
 def scaled_stage(stage, n_items):
     """Seconds and GiB that a stage takes for a catalogue of n_items and 10 interactions per item, on a CPU:
-    a step (256 users of beam search, 128 sequences of 10 items of SASRec's training, the 32 histories that get
-    paths in a batch of 256), or what is built once."""
+    a step (256 users of beam search, 128 sequences of 10 items of SASRec's training, the 32 histories that
+    get paths in a batch of 256), or what is built once."""
     device, start = torch.device("cpu"), most_memory()
     history, codes = torch.randint(n_items, (256, 10)), g.unique_paths(torch.randint(256, (n_items, 3)))
     if stage == "split, 1 epoch of batches":
