@@ -822,7 +822,7 @@ class Run:
 
     def folder(self, stage: str) -> Path:
         """Where a stage is kept. Of the files that settings name, the content counts, not the path."""
-        settings = {**self.settings(stage), "dataset": self.data.fingerprint, "format": 5}
+        settings = {**self.settings(stage), "dataset": self.data.fingerprint, "format": 6}
         settings.update((name, blob) for name, blob in self.inputs.items() if name in settings)
         key = hashlib.sha1(json.dumps(settings).encode()).hexdigest()[:10]
         label = self.cfg.loss if stage == "finetune" else stage
@@ -1080,11 +1080,12 @@ def stop(number: int, frame) -> None:
 class Progress(contextlib.ExitStack):
     """A training as it is seen from outside: a bar on a terminal, plain lines elsewhere, entries of
     metrics.jsonl, and snapshots of the whole state, every few minutes, at the end, and at Ctrl-C or SIGTERM,
-    which wait for the end of a step. parts: all that has a state, by name: model, optimiser, scaler, .."""
+    which wait for the end of a step. parts: all that has a state, by name: model, optimiser, scaler, ..;
+    checks: the steps after which the model is validated."""
 
-    def __init__(self, title: str, steps: int, journal: Journal, parts: dict):
+    def __init__(self, title: str, steps: int, journal: Journal, parts: dict, checks=frozenset()):
         super().__init__()
-        self.title, self.steps, self.journal = title, steps, journal
+        self.title, self.steps, self.journal, self.checks = title, steps, journal, checks
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.first, self.signals, self.best, self.latest, self.checked = 0, [], {}, {}, []
 
@@ -1162,11 +1163,13 @@ class Progress(contextlib.ExitStack):
 
     def left(self, step: int) -> str:
         """The time until this training and the next, which has as many validations, have ended."""
-        took, done, checked = self.last - self.began, step - self.first, sum(self.checked)
-        pace = (took - checked) / max(done - len(self.checked), 1)          # seconds of a step alone
-        after = self.journal.afterwards and self.journal.afterwards * self.steps * pace \
-            + (checked - pace * len(self.checked)) * self.steps / done
-        return tqdm.format_interval((self.steps - step) * took / done + after)
+        n, took = len(self.checked), self.last - self.began
+        pace = (took - sum(self.checked)) / max(step - self.first - n, 1)       # seconds of a step alone
+        check = sum(self.checked) / n - pace if n else 0.0                      # and of a validation
+        ahead = sum(other > step for other in self.checks)
+        times = self.journal.afterwards         # how much longer the next training takes
+        after = times * self.steps * pace + len(self.checks) * check if times else 0.0
+        return tqdm.format_interval((self.steps - step) * pace + ahead * check + after)
 
     def report(self, step: int, loss: float, metrics: dict) -> None:
         """Note it, and show it on the bar or, where there is none, in a line."""

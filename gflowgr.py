@@ -82,7 +82,7 @@ class Config(datasets.RunSettings):
     finetune_seed: int = knob(-1, "finetune", "seed of the fine-tuning alone; -1: the same as --seed", low=-1)
     finetune_lr: float = knob(0.003, "finetune", "peak rate of AdamW in the fine-tuning [ours]")
     lam: float = knob(0.01, "lambda", "lambda of Eq. 7, weight of what tb, db and ipa add [ours]")
-    share: float = knob(0.125, "share", "of rows, in losses on further paths [ours]", low=1e-3, below=1.001)
+    share: float = knob(0.125, "share", "of targets, in losses of more paths [ours]", low=1e-3, below=1.001)
     pool: int = knob(512, "pool", "random items that unclicked ones are chosen from, per batch [ours]")
     reward: str = knob("aug,cf,sim", "reward", "parts of the reward [paper]",
                        ("aug,cf,sim", "aug,cf", "aug,sim", "cf,sim", "aug", "cf", "sim"))
@@ -498,8 +498,7 @@ class Catalogue(NamedTuple):
     @classmethod
     def of(cls, codes: Tensor, semantic: int) -> Catalogue:
         """codes (N, L) -> Catalogue."""
-        width = int(codes.max()) + 1
-        tokens = 1 + codes + width * torch.arange(codes.shape[1], device=codes.device)
+        tokens = 1 + codes + (int(codes.max()) + 1) * torch.arange(codes.shape[1], device=codes.device)
         return cls(codes, F.pad(tokens, (0, 0, 0, 1)), Trie(codes), semantic)
 
     def read(self, model: T5, history: Tensor, ends: Tensor | None = None) -> Memory:
@@ -594,8 +593,7 @@ def ipa(margin: Tensor, rewards: Tensor, beta: float) -> Tensor:
     return dpo(margin.gather(1, best).squeeze(1), margin.gather(1, worst), beta)
 
 
-def clipped_loss(log_p: Tensor, log_old: Tensor, log_ref: Tensor, advantage: Tensor, clip: float,
-                 kl: float) -> Tensor:
+def clipped_loss(log_p: Tensor, log_old, log_ref, advantage, clip: float, kl: float) -> Tensor:
     """-min(r A, clip(r, 1 - e, 1 + e) A), r = p / p_old (Schulman et al. 2017, Eq. 7); + kl * (q - 1 - log q)
     with q = p_ref / p (Shao et al. 2024, Eq. 4). (B, P) each. [ours]: a path is one action."""
     ratio, log_q = (log_p - log_old).exp(), log_ref - log_p
@@ -603,14 +601,13 @@ def clipped_loss(log_p: Tensor, log_old: Tensor, log_ref: Tensor, advantage: Ten
     return kl * (log_q.exp() - 1 - log_q) - gain
 
 
-def ppo(log_p: Tensor, log_old: Tensor, log_ref: Tensor, rewards: Tensor, value: Tensor, clip: float,
-        kl: float) -> Tensor:
+def ppo(log_p: Tensor, log_old, log_ref, rewards, value, clip: float, kl: float) -> Tensor:
     """PPO: the advantage is A = R - V(x); A^2 / 2 trains V. value (B,), the others (B, P) -> (B,)."""
     error = rewards - value[:, None]
     return (clipped_loss(log_p, log_old, log_ref, error.detach(), clip, kl) + 0.5 * error.square()).mean(1)
 
 
-def grpo(log_p: Tensor, log_old: Tensor, log_ref: Tensor, rewards: Tensor, clip: float, kl: float) -> Tensor:
+def grpo(log_p: Tensor, log_old, log_ref, rewards, clip: float, kl: float) -> Tensor:
     """GRPO: the advantage is a reward's standard score in its group. (B, P) each -> (B,)."""
     spread = rewards.std(1, correction=0, keepdim=True)
     advantage = (rewards - rewards.mean(1, keepdim=True)) / (spread + 1e-4)
@@ -663,8 +660,6 @@ METHODS = {
                  lambda y, c: c.lam * y.balance(trajectory_balance), with_sft=True),
     "dpo": Method("random", lambda c: 1, ("pool", "share", "preference"), 0.4,
                   lambda y, c: dpo(*y.margins(), c.beta)),
-    "sdpo": Method("random", lambda c: c.negatives, ("pool", "share", "preference"), 0.5,
-                   lambda y, c: dpo(*y.margins(), c.beta)),
     "sprec": Method("draws", lambda c: 1, ("share", "preference"), 0.8,     # clicked ones left out
                     lambda y, c: (y.items[:, 0] != y.items[:, 1]) * dpo(*y.margins(), c.sprec_beta)),
     "ipa": Method("beam", lambda c: c.beam, ("lambda", "share", "reward", "preference"), 2.6,
@@ -678,6 +673,7 @@ METHODS = {
                      sft(y.log_pf[:, 0]), sft(y.log_mean[:, 0]), c.smoothing),
                      flow=lambda trie, scores: torch.ones_like(trie.code).float().expand(len(scores), -1)),
 }
+METHODS["sdpo"] = METHODS["dpo"]._replace(paths=lambda c: c.negatives, cost=0.5)
 METHODS["exact"] = METHODS["smooth"]._replace(source="all", cost=1.3,      # spread as SASRec's softmax is
                                               flow=lambda trie, s: trie.flows(s.softmax(1).clamp(min=1e-20)))
 
@@ -702,17 +698,17 @@ class FineTuning:
     @torch.no_grad()
     def trajectories(self, method: Method, history: Tensor, target: Tensor, progress, ends=None) -> Paths:
         """The observed items and those beside them, their reward, and, where the method asks for it, what
-        frozen models say. history (B, T), target (B,) or, at the places `ends` (Q,) of a row, (B * Q,)."""
+        frozen models say. history (B, T), target (B,), or (B, T) asked for at the places `ends` (Q,)."""
         cfg, catalogue, n_items = self.cfg, self.catalogue, len(self.catalogue.codes)
+        target = target.view(len(history), -1)
         source, n = cfg.sampler if method.source == "curriculum" else method.source, method.paths(cfg)
-        items, log_old, log_ref = target[:, None], None, None
+        items, log_old, log_ref = (target if ends is None else target[:, ends]).reshape(-1, 1), None, None
         scored = source == "all" or "reward" in method.groups       # else dummies: all items score alike
         scores = self.sasrec.scores(history, ends) if scored else (0.0 * items).expand(-1, n_items)
         if source in ("curriculum", "random"):
             pool = torch.randperm(n_items, device=target.device)[:cfg.pool]
             beta = cfg.easiest + progress * (cfg.hardest - cfg.easiest) if source == "curriculum" else 0.0
-            clicked = torch.cat([history, target.view(len(history), -1)], 1)        # by the whole row
-            clicked = clicked.repeat_interleave(len(items) // len(history), 0)
+            clicked = torch.cat([history, target], 1).repeat_interleave(len(items) // len(history), 0)
             items = torch.cat([items, curriculum_sample(scores[:, pool], pool, clicked, n, beta)], 1)
         if source in ("beam", "draws"):
             memory, draws = catalogue.read(self.old, history, ends), source == "draws"
@@ -727,7 +723,8 @@ class FineTuning:
         r_all = collaborative_score(scores, cfg.scale) if "reward" in method.groups else scores     # unused
         r_cs = r_all.gather(1, items)
         r_sim = shared_codes(catalogue.codes[items][..., :catalogue.semantic])
-        weight = confidence(r_aug, r_cs) if cfg.confidence else torch.ones_like(r_cs)
+        fair = r_cs if cfg.scale == "minmax" else collaborative_score(scores).gather(1, items)   # Eq. 8's
+        weight = confidence(r_aug, fair) if cfg.confidence else torch.ones_like(r_cs)
         known = self.log_known(r_all, items) if "gflownet" in method.groups else 0.0
         flow = method.flow and method.flow(catalogue.trie, scores)
         return Paths(items, reward(r_aug, r_cs, r_sim, cfg.reward), weight, known, flow, log_old, log_ref)
@@ -743,10 +740,10 @@ class FineTuning:
 
     def term(self, method: Method, history: Tensor, target: Tensor, progress: float, ends, memory) -> Tensor:
         """A method's objective, its mean over the targets but the padding; see `loss`. No memory: read it."""
-        model, catalogue, items = self.model, self.catalogue, target.view(len(history), -1)
-        real = items < len(catalogue.codes)         # padding: a clicked item stands for it
-        items = items.where(real, history[:, :1]).flatten()
-        paths = self.trajectories(method, history, items, progress, ends)
+        model, catalogue, target = self.model, self.catalogue, target.view(len(history), -1)
+        real = target < len(catalogue.codes)        # padding: a clicked item stands for it
+        paths = self.trajectories(method, history, target.where(real, history[:, :1]), progress, ends)
+        real = real if ends is None else real[:, ends]
         memory = memory or catalogue.read(model, history, ends)
         log_pf, log_flow, log_mean = path_log_probs(model, catalogue, memory, paths.items, paths.flow)
         log_flow = log_flow + paths.log_known       # from log F = 0 the loss would for long be but Z's error
@@ -754,12 +751,12 @@ class FineTuning:
             log_z = 10 * (model.scalar_z - 1) + math.log(len(catalogue.codes))      # begins at log N
             log_flow = torch.cat([log_z.expand_as(log_flow[..., :1]), log_flow[..., 1:]], -1)
         paths = paths._replace(log_pf=log_pf, log_flow=log_flow, log_mean=log_mean)
-        return (method.objective(paths, self.cfg) * real.flatten()).sum() / real.sum()
+        return (method.objective(paths, self.cfg) * real.flatten()).sum() / real.sum().clamp(min=1)
 
     def loss(self, history: Tensor, target: Tensor, progress: float) -> Tensor:
         """The method's loss, its mean over targets -> scalar; Eq. 7 for tb and db. Gradients reach the model
         alone. history (B, T), progress in [0, 1], target (B,) or, of a causal encoder, (B, T): the item after
-        each item, N where padded. [ours]: but for SFT's loss and the controls, of a share of the rows."""
+        each item, N where padded. [ours]: but for SFT's loss and the controls, of a share of the targets."""
         cfg, n, loss, memory = self.cfg, len(history), 0.0, None
         ends = torch.arange(target.shape[1], device=target.device) if target.dim() == 2 else None
         first_half = 0 < progress * cfg.iterations % 1 <= 0.5   # of sprec's iteration: SFT, then DPO
@@ -769,10 +766,13 @@ class FineTuning:
             loss = self.term(METHODS["sft"], history, target, progress, ends, memory)
         if self.reference is not None and method.source != "none":
             self.model.eval()       # until `train()`: dropout's noise would enter the ratio of two policies
-        if "share" in method.groups:
-            some = torch.randperm(n, device=history.device)[:max(1, round(cfg.share * n))]
-            history, target = history[some], target[some]
-            memory = memory and Memory([(k[some], v[some]) for k, v in memory.layers], memory.bias[some])
+        if "share" in method.groups:        # few targets of many rows: those of one user are much alike
+            n_ends = 1 if ends is None else len(ends)
+            few = torch.randperm(n_ends, device=history.device)[:max(1, round(cfg.share * n_ends))]
+            some = torch.randperm(n, device=few.device)[:max(1, round(cfg.share * n * n_ends / len(few)))]
+            history, target, ends = history[some], target[some], None if ends is None else few
+            memory = memory and Memory([(k[some], v[some]) for k, v in memory.layers],
+                                       memory.bias[some][:, :, few])
         return loss + self.term(method, history, target, progress, ends, memory)
 
 
@@ -790,7 +790,7 @@ def fit(model: nn.Module, title: str, loss_of: Callable, batches: Iterator[Tenso
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     checks = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
     parts = dict(model=model, optimiser=optimiser, rate=rate, scaler=scaler, **others)
-    with datasets.Progress(title, steps, journal, parts) as progress:
+    with datasets.Progress(title, steps, journal, parts, checks) as progress:
         start, best, best_score = progress.resume()
         for step, rows in enumerate(itertools.islice(batches, start, None), start + 1):
             model.train()

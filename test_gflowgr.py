@@ -780,10 +780,11 @@ def test_padding_clicks_nothing(loss):
     tuning.trajectories = lambda method, *rest: drawn.append((method, draw(method, *rest))) or drawn[-1][1]
     tuning.loss(history, target, 0.5)
     items = drawn[-1][1].items.view(3, 5, 21)
-    assert torch.equal(items[..., 0].where(target < 30, 30), target)
-    for row in range(3):                # item 0, which nobody clicked, is drawn 20 times of 24 and more
-        assert (items[row, :, 1:] == 0).any()
-        assert not torch.isin(items[row, :, 1:], history[row]).any()
+    for row, ends in itertools.product(range(3), [range(5)]):   # in whatever order they come
+        clicked = set(history[row].tolist() + target[row].tolist()) - {30}
+        own, = [paths for paths in items if set(paths[:, 0].tolist()) <= clicked]
+        # item 0, which nobody clicked, is drawn 20 times of 24 and more
+        assert (own[:, 1:] == 0).any() and not torch.isin(own[:, 1:], history[row]).any()
 
 
 def test_a_causal_encoder_draws_and_searches_after_each_end_of_a_row():
@@ -797,7 +798,8 @@ def test_a_causal_encoder_draws_and_searches_after_each_end_of_a_row():
         torch.testing.assert_close(score.view(3, 3, 6)[:, number], expected[1])
     for loss in ("ipa", "grpo", "sprec"):
         tuning = g.FineTuning(model, small_sasrec(), catalogue, g.Config(loss=loss, beam=4, group=4))
-        paths = tuning.trajectories(g.METHODS[loss], history, torch.arange(9), 1.0, ends)
+        paths = tuning.trajectories(g.METHODS[loss], history, torch.arange(15).view(3, 5), 1.0, ends)
+        assert paths.items[:, 0].tolist() == [4, 1, 0, 9, 6, 5, 14, 11, 10]
         log_pf, *_ = g.path_log_probs(model, catalogue, catalogue.read(model, history, ends), paths.items)
         torch.testing.assert_close(paths.log_ref, log_pf.sum(-1).detach())
 
@@ -1209,14 +1211,46 @@ def test_draws_follow_the_policy_and_are_real_items():
     torch.testing.assert_close(found[0], log_p[items[0]].detach(), atol=1e-5, rtol=1e-5)
 
 
-def test_a_rounded_share_of_the_rows_gets_paths_one_row_at_least(monkeypatch):
+def test_a_share_of_the_targets_gets_paths_from_as_many_rows_as_there_are(monkeypatch):
     model, sasrec, catalogue, cfg, *_ = method_setting(share=0.125)
-    tuning, rows = g.FineTuning(model, sasrec, catalogue, cfg), {}
-    monkeypatch.setattr(tuning, "term",
-                        lambda method, history, *_: rows.update({method: len(history)}) or 0.0)
-    for n, some in ((1, 1), (13, 2), (17, 2), (32, 4)):
+    tuning, asked = g.FineTuning(model, sasrec, catalogue, cfg), {}
+
+    def spy(method, history, target, progress, ends, memory):
+        asked[method.with_sft] = (len(history), None if ends is None else len(ends))
+        if memory is not None:
+            assert memory.bias.shape[:3] == (len(history), 1, 1 if ends is None else len(ends))
+            assert all(len(keys) == len(values) == len(history) for keys, values in memory.layers)
+        return 0.0
+
+    monkeypatch.setattr(tuning, "term", spy)
+    for n, some in ((1, 1), (13, 2), (17, 2), (32, 4)):             # rounded, one at least
         tuning.loss(torch.randint(30, (n, 4)), torch.randint(30, (n,)), 0.5)
-        assert rows == {g.METHODS["sft"]: n, g.METHODS["tb"]: some}
+        assert asked == {False: (n, None), True: (some, None)}
+    tuning.model = small_generator(catalogue, causal=True)
+    for n, length, some, ends in ((12, 20, 12, 2), (128, 2, 32, 1), (40, 6, 30, 1), (1, 8, 1, 1)):
+        tuning.loss(torch.randint(30, (n, length)), torch.randint(30, (n, length)), 0.5)
+        assert asked == {False: (n, length), True: (some, ends)}
+
+
+def test_confidence_is_by_min_max_scores_whatever_the_rewards_scale():
+    teacher, history, target = Scores([5.0, 1.0, 3.0, 2.0, 0.0, 4.0]), torch.tensor([[0]]), torch.tensor([2])
+    for scale, r_cs in (("minmax", 0.6), ("softmax", math.exp(-2))):
+        paths = trajectories("tb", teacher, history, target, 0.5, sampler="none", scale=scale, reward="cf")
+        assert paths.reward.item() == pytest.approx(r_cs) and paths.weight.item() == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("loss", ["tb", "exact"])
+def test_a_share_has_the_whole_losss_expectation(loss):
+    catalogue, (history, target) = small_catalogue(), rows_of_histories()
+    history, target = history[:, :3], target[:, :3].where(target[:, :3] < 30, 7)        # no padding
+    model, sasrec = small_generator(catalogue, causal=True), small_sasrec()
+    settings = [g.Config(loss=loss, sampler="none", lam=1.0, share=share) for share in (0.12, 1.0)]
+    some, whole = (g.FineTuning(model, sasrec, catalogue, cfg) for cfg in settings)     # 0.12: one of the nine
+    with torch.no_grad():
+        found = torch.stack([some.loss(history, target, 0.5) for _ in range(400)])
+        expected = whole.loss(history, target, 0.5)
+    assert abs(found.mean() - expected) <= 4 * found.std() / 20 + 1e-4 * expected
+    assert (found.std() > 1e-4) == (loss == "tb")
 
 
 @pytest.mark.parametrize("loss", list(g.METHODS))
@@ -1425,6 +1459,7 @@ def test_method_loss_is_equation_7(loss, balance, share):
     with torch.no_grad():
         total = -log_probs(model, catalogue, history, target[:, None])[0].sum().item() / 4
     torch.manual_seed(5)
+    torch.randperm(1)                                   # of the one end
     some = torch.randperm(4)[:round(4 * share)]         # in this order the histories get their paths
     history, target = history[some], target[some]
     tuning = g.FineTuning(model, sasrec, catalogue, cfg)
@@ -2126,13 +2161,15 @@ def test_a_signal_that_comes_after_the_last_step_counts():
     assert stopped.value.args == (signal.SIGTERM,) and signal.getsignal(signal.SIGTERM) == before
 
 
-def test_the_time_left_counts_validations_and_the_next_training(monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("first", [0, 31])
+def test_the_time_left_counts_validations_and_the_next_training(monkeypatch, capsys, tmp_path, first):
     clock, parts = [0.0], {"model": torch.nn.Linear(1, 1), "scaler": torch.amp.GradScaler(enabled=False)}
     monkeypatch.setattr(datasets.time, "perf_counter", lambda: clock[0])
     with datasets.Journal(tmp_path, every=1e9, afterwards=3.0) as journal, \
-            datasets.Progress("sft", 80, journal, parts) as progress:
+            datasets.Progress("sft", 80, journal, parts, {20, 40, 60, 80}) as progress:
         progress.resume()
-        for step in range(1, 41):                                   # steps of 2 s, validations of 30 s
+        progress.first = first                                      # as if it went on from there
+        for step in range(first + 1, 41):                           # steps of 2 s, validations of 30 s
             checked = step % 20 == 0
             clock[0] += 2 + 30 * checked
             progress.done(step, torch.tensor(1.0), {"N@10": 0.1} if checked else {}, ({}, 0.1))
