@@ -656,7 +656,7 @@ METHODS = {
     "sft": Method("none", lambda c: 0, (), 1.0, lambda y, c: sft(y.log_pf[:, 0])),
     "db": Method("curriculum", lambda c: c.k, ("lambda", "pool", "share", "reward", "gflownet"), 1.5,
                  lambda y, c: c.lam * y.balance(detailed_balance), with_sft=True),
-    "tb": Method("curriculum", lambda c: c.k, ("lambda", "pool", "share", "reward", "gflownet"), 1.5,
+    "tb": Method("curriculum", lambda c: c.k, ("lambda", "pool", "share", "reward", "gflownet"), 1.4,
                  lambda y, c: c.lam * y.balance(trajectory_balance), with_sft=True),
     "dpo": Method("random", lambda c: 1, ("pool", "share", "preference"), 0.4,
                   lambda y, c: dpo(*y.margins(), c.beta)),

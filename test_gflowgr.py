@@ -1245,7 +1245,7 @@ def test_a_share_has_the_whole_losss_expectation(loss):
     history, target = history[:, :3], target[:, :3].where(target[:, :3] < 30, 7)        # no padding
     model, sasrec = small_generator(catalogue, causal=True), small_sasrec()
     settings = [g.Config(loss=loss, sampler="none", lam=1.0, share=share) for share in (0.12, 1.0)]
-    some, whole = (g.FineTuning(model, sasrec, catalogue, cfg) for cfg in settings)     # 0.12: one of the nine
+    some, whole = (g.FineTuning(model, sasrec, catalogue, cfg) for cfg in settings)     # 0.12: one of nine
     with torch.no_grad():
         found = torch.stack([some.loss(history, target, 0.5) for _ in range(400)])
         expected = whole.loss(history, target, 0.5)
