@@ -619,7 +619,7 @@ class Paths(NamedTuple):
     items: Tensor       # (B, P)
     reward: Tensor      # (B, P) R
     weight: Tensor      # (B, P) w of Eq. 8
-    log_known: Tensor | float = 0.0     # (B, P, L) log of the flow that SASRec knows at s_0 .. s_{L-1}
+    log_known: Tensor | float = 0.0     # (B, P, L), of tb (B, 1, 1): log of the flow that SASRec knows
     flow: Tensor | None = None      # (B, nodes) what flows through each node, never 0
     log_old: Tensor | None = None   # (B, P) log p by the policy that drew them
     log_ref: Tensor | None = None   # (B, P) log p by the reference policy
