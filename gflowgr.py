@@ -723,8 +723,8 @@ class FineTuning:
         r_all = collaborative_score(scores, cfg.scale) if "reward" in method.groups else scores     # unused
         r_cs = r_all.gather(1, items)
         r_sim = shared_codes(catalogue.codes[items][..., :catalogue.semantic])
-        fair = r_cs if cfg.scale == "minmax" else collaborative_score(scores).gather(1, items)   # Eq. 8's
-        weight = confidence(r_aug, fair) if cfg.confidence else torch.ones_like(r_cs)
+        fair = collaborative_score(scores).gather(1, items) if scored and cfg.scale != "minmax" else r_cs
+        weight = confidence(r_aug, fair) if cfg.confidence else torch.ones_like(r_cs)       # min-max scaled
         known = self.log_known(r_all, items) if "gflownet" in method.groups else 0.0
         flow = method.flow and method.flow(catalogue.trie, scores)
         return Paths(items, reward(r_aug, r_cs, r_sim, cfg.reward), weight, known, flow, log_old, log_ref)
