@@ -1083,7 +1083,7 @@ class Progress(contextlib.ExitStack):
     which wait for the end of a step. parts: all that has a state, by name: model, optimiser, scaler, ..;
     checks: the steps after which the model is validated."""
 
-    def __init__(self, title: str, steps: int, journal: Journal, parts: dict, checks=frozenset()):
+    def __init__(self, title: str, steps: int, journal: Journal, parts: dict, checks: set[int]):
         super().__init__()
         self.title, self.steps, self.journal, self.checks = title, steps, journal, checks
         self.parts = {name: part for name, part in parts.items() if part is not None}
@@ -1315,7 +1315,7 @@ def results_table(run: Run, results: dict[str, dict]) -> str:
 
 def less_sft(data: Data, results: dict[str, dict]) -> str:
     """A line: the last result's test R@10 and N@10 less those of SFT, the result before it, and the standard
-    error of that: the users are the same, so it is far smaller than that of each."""
+    error of that: the users are the same, so it is smaller than that of each."""
     (_, before), (label, after) = list(results.items())[-2:]
     taken = data.items[data.offsets[1:] - 1, None]
     hits = [(result["top"][:, :10].cpu() == taken).double() for result in (before, after)]

@@ -607,7 +607,7 @@ def ppo(log_p: Tensor, log_old, log_ref, rewards, value, clip: float, kl: float)
     return (clipped_loss(log_p, log_old, log_ref, error.detach(), clip, kl) + 0.5 * error.square()).mean(1)
 
 
-def grpo(log_p: Tensor, log_old, log_ref, rewards, clip: float, kl: float) -> Tensor:
+def grpo(log_p: Tensor, log_old: Tensor, log_ref: Tensor, rewards: Tensor, clip: float, kl: float) -> Tensor:
     """GRPO: the advantage is a reward's standard score in its group. (B, P) each -> (B,)."""
     spread = rewards.std(1, correction=0, keepdim=True)
     advantage = (rewards - rewards.mean(1, keepdim=True)) / (spread + 1e-4)
@@ -660,6 +660,8 @@ METHODS = {
                  lambda y, c: c.lam * y.balance(trajectory_balance), with_sft=True),
     "dpo": Method("random", lambda c: 1, ("pool", "share", "preference"), 0.4,
                   lambda y, c: dpo(*y.margins(), c.beta)),
+    "sdpo": Method("random", lambda c: c.negatives, ("pool", "share", "preference"), 0.5,
+                   lambda y, c: dpo(*y.margins(), c.beta)),
     "sprec": Method("draws", lambda c: 1, ("share", "preference"), 0.8,     # clicked ones left out
                     lambda y, c: (y.items[:, 0] != y.items[:, 1]) * dpo(*y.margins(), c.sprec_beta)),
     "ipa": Method("beam", lambda c: c.beam, ("lambda", "share", "reward", "preference"), 2.6,
@@ -673,7 +675,6 @@ METHODS = {
                      sft(y.log_pf[:, 0]), sft(y.log_mean[:, 0]), c.smoothing),
                      flow=lambda trie, scores: torch.ones_like(trie.code).float().expand(len(scores), -1)),
 }
-METHODS["sdpo"] = METHODS["dpo"]._replace(paths=lambda c: c.negatives, cost=0.5)
 METHODS["exact"] = METHODS["smooth"]._replace(source="all", cost=1.3,      # spread as SASRec's softmax is
                                               flow=lambda trie, s: trie.flows(s.softmax(1).clamp(min=1e-20)))
 
@@ -698,9 +699,8 @@ class FineTuning:
     @torch.no_grad()
     def trajectories(self, method: Method, history: Tensor, target: Tensor, progress, ends=None) -> Paths:
         """The observed items and those beside them, their reward, and, where the method asks for it, what
-        frozen models say. history (B, T), target (B,), or (B, T) asked for at the places `ends` (Q,)."""
+        frozen models say. history (B, T), target (B, 1), or (B, T) asked for at the places `ends` (Q,)."""
         cfg, catalogue, n_items = self.cfg, self.catalogue, len(self.catalogue.codes)
-        target = target.view(len(history), -1)
         source, n = cfg.sampler if method.source == "curriculum" else method.source, method.paths(cfg)
         items, log_old, log_ref = (target if ends is None else target[:, ends]).reshape(-1, 1), None, None
         scored = source == "all" or "reward" in method.groups       # else dummies: all items score alike
@@ -720,11 +720,11 @@ class FineTuning:
             memory = catalogue.read(self.reference, history, ends)
             log_ref = path_log_probs(self.reference, catalogue, memory, items)[0].sum(-1)
         r_aug = (items == items[:, :1]).float()
-        r_all = collaborative_score(scores, cfg.scale) if "reward" in method.groups else scores     # unused
+        r_all = collaborative_score(scores, cfg.scale) if "reward" in method.groups else scores     # a dummy
         r_cs = r_all.gather(1, items)
         r_sim = shared_codes(catalogue.codes[items][..., :catalogue.semantic])
-        fair = collaborative_score(scores).gather(1, items) if scored and cfg.scale != "minmax" else r_cs
-        weight = confidence(r_aug, fair) if cfg.confidence else torch.ones_like(r_cs)       # min-max scaled
+        min_max = collaborative_score(scores).gather(1, items) if scored and cfg.scale != "minmax" else r_cs
+        weight = confidence(r_aug, min_max) if cfg.confidence else torch.ones_like(r_cs)    # not softmax's
         known = self.log_known(r_all, items) if "gflownet" in method.groups else 0.0
         flow = method.flow and method.flow(catalogue.trie, scores)
         return Paths(items, reward(r_aug, r_cs, r_sim, cfg.reward), weight, known, flow, log_old, log_ref)
@@ -743,7 +743,7 @@ class FineTuning:
         model, catalogue, target = self.model, self.catalogue, target.view(len(history), -1)
         real = target < len(catalogue.codes)        # padding: a clicked item stands for it
         paths = self.trajectories(method, history, target.where(real, history[:, :1]), progress, ends)
-        real = real if ends is None else real[:, ends]
+        real = real if ends is None else real[:, ends]              # of a few ends perhaps none
         memory = memory or catalogue.read(model, history, ends)
         log_pf, log_flow, log_mean = path_log_probs(model, catalogue, memory, paths.items, paths.flow)
         log_flow = log_flow + paths.log_known       # from log F = 0 the loss would for long be but Z's error
@@ -768,11 +768,10 @@ class FineTuning:
             self.model.eval()       # until `train()`: dropout's noise would enter the ratio of two policies
         if "share" in method.groups:        # few targets of many rows: those of one user are much alike
             n_ends = 1 if ends is None else len(ends)
-            few = torch.randperm(n_ends, device=history.device)[:max(1, round(cfg.share * n_ends))]
-            some = torch.randperm(n, device=few.device)[:max(1, round(cfg.share * n * n_ends / len(few)))]
-            history, target, ends = history[some], target[some], None if ends is None else few
-            memory = memory and Memory([(k[some], v[some]) for k, v in memory.layers],
-                                       memory.bias[some][:, :, few])
+            q = torch.randperm(n_ends, device=history.device)[:max(1, round(cfg.share * n_ends))]
+            b = torch.randperm(n, device=q.device)[:max(1, round(cfg.share * n * n_ends / len(q)))]
+            history, target, ends = history[b], target[b], None if ends is None else q
+            memory = memory and Memory([(k[b], v[b]) for k, v in memory.layers], memory.bias[b][:, :, q])
         return loss + self.term(method, history, target, progress, ends, memory)
 
 
@@ -918,7 +917,8 @@ def item_codes(run: Run, sasrec: SASRec) -> Catalogue:
 
 def train_sasrec(run: Run) -> SASRec:
     """The collaborative model, trained on every user's training sequence and frozen from then on."""
-    cfg, length = run.cfg, max(run.cfg.sasrec_length, run.cfg.max_history)     # all that is used is trained
+    cfg = run.cfg
+    length = max(cfg.sasrec_length, cfg.max_history)    # else positions that are used would not be trained
     torch.manual_seed(cfg.seed)
     model = SASRec(run.data.n_items, cfg.sasrec_dim, cfg.sasrec_layers, cfg.sasrec_heads, cfg.sasrec_dropout,
                    length).to(run.device)
