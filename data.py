@@ -822,7 +822,7 @@ class Run:
 
     def folder(self, stage: str) -> Path:
         """Where a stage is kept. Of the files that settings name, the content counts, not the path."""
-        settings = {**self.settings(stage), "dataset": self.data.fingerprint, "format": 6}
+        settings = {**self.settings(stage), "dataset": self.data.fingerprint, "format": 7}
         settings.update((name, blob) for name, blob in self.inputs.items() if name in settings)
         key = hashlib.sha1(json.dumps(settings).encode()).hexdigest()[:10]
         label = self.cfg.loss if stage == "finetune" else stage
@@ -1237,13 +1237,14 @@ def summary(run: Run, scores: Callable, r_cs: Callable) -> tuple[str, dict]:
     """The tables of a run that went through all stages, and its results. scores: histories (B, T) -> every
     item's collaborative score (B, N); r_cs: those -> their collaborative rewards (B, N)."""
     popular = top(popularity(run.data)[None], 20).expand(run.data.n_users, -1)
-    test = run.metrics(popular, run.data.items[run.data.offsets[1:] - 1])
+    taken = run.data.items[run.data.offsets[1:] - 1]
+    test = run.metrics(popular, taken)
     if run.data.liked is not None:
         test["liked"] = liked_unseen(popular, run.data)
     last = f"{'only' if run.cfg.from_scratch else 'then'} {run.cfg.loss}"
-    results = {"popularity": {"test": test, "top": popular}, "SASRec": run.results["sasrec"],
+    results = {"popularity": {"test": test, "top": popular, "taken": taken}, "SASRec": run.results["sasrec"],
                "SFT": run.results["sft"], last: run.results["finetune"]}
-    parts = [results_table(run, results) + "\n" + less_sft(run.data, results)]
+    parts = [results_table(run, results) + "\n" + less_sft([results])]
     if run.cfg.diversity:
         parts.append(diversity_table(run, results, scores, r_cs))
     if run.cfg.show:
@@ -1284,7 +1285,7 @@ def for_each_seed(run_all: Callable, cfg) -> str:
             tables, results = run_all(dataclasses.replace(cfg, **{name: seed}))
             print(f"{tables}\n", flush=True)
             found.append(results)
-    return spread_table(found)
+    return f"{spread_table(found)}\n{less_sft(found)}"
 
 
 def spread_table(found: list[dict[str, dict]]) -> str:
@@ -1313,17 +1314,22 @@ def results_table(run: Run, results: dict[str, dict]) -> str:
     return aligned(table)
 
 
-def less_sft(data: Data, results: dict[str, dict]) -> str:
-    """A line: the last result's test R@10 and N@10 less those of SFT, the result before it, and the standard
-    error of that: the users are the same, so it is smaller than that of each."""
-    (_, before), (label, after) = list(results.items())[-2:]
-    taken = data.items[data.offsets[1:] - 1, None]
-    hits = [(result["top"][:, :10].cpu() == taken).double() for result in (before, after)]
-    gains = {"R@10": torch.ones(10).double(), "N@10": 1 / torch.log2(torch.arange(2, 12).double())}
-    differences = {name: (hits[1] - hits[0]) @ gain[:hits[0].shape[1]] for name, gain in gains.items()}
-    found = ", ".join(f"{name} {per_user.mean():+.4f} ± {per_user.std(correction=0) / len(taken) ** 0.5:.4f}"
-                      for name, per_user in differences.items())
-    return f"the same {len(taken):,} users, {label} less SFT: {found} (standard error)"
+def less_sft(found: list[dict[str, dict]]) -> str:
+    """A line: the last result's test R@10 and N@10 less those of SFT, the result before it, of one run or on
+    average over several, and the standard error of that: the users are the same, so it is smaller than that
+    of each. Where the runs have the same users, too, a user's mean over them counts once."""
+    (_, label), gains, differences = list(found[0])[-2:], 1 / torch.log2(torch.arange(2, 12).double()), []
+    for results in found:
+        taken = results["popularity"]["taken"][:, None]
+        before, after = ((results[name]["top"][:, :10].cpu() == taken).double() for name in ("SFT", label))
+        hit = after - before                                                        # (U, 10)
+        differences.append(torch.stack([hit.sum(1), hit @ gains[:hit.shape[1]]]))   # R@10, N@10
+    same = all(torch.equal(results["popularity"]["taken"], taken[:, 0]) for results in found)
+    per_user = torch.stack(differences).mean(0) if same else torch.cat(differences, 1)      # (2, U)
+    users, error = per_user.shape[1], per_user.std(1, correction=0) / per_user.shape[1] ** 0.5
+    recall, ndcg = (f"{mean:+.4f} ± {of:.4f}" for mean, of in zip(per_user.mean(1), error))
+    runs = f"mean of {len(found)} runs, " if len(found) > 1 else ""
+    return f"the same {users:,} users, {runs}{label} less SFT: R@10 {recall}, N@10 {ndcg} (standard error)"
 
 
 def diversity_table(run: Run, results: dict[str, dict], scores: Callable, r_cs: Callable) -> str:

@@ -658,24 +658,24 @@ METHODS = {
                  lambda y, c: c.lam * y.balance(detailed_balance), with_sft=True),
     "tb": Method("curriculum", lambda c: c.k, ("lambda", "pool", "share", "reward", "gflownet"), 1.4,
                  lambda y, c: c.lam * y.balance(trajectory_balance), with_sft=True),
-    "dpo": Method("random", lambda c: 1, ("pool", "share", "preference"), 0.4,
+    "dpo": Method("random", lambda c: 1, ("pool", "share", "preference"), 0.8,
                   lambda y, c: dpo(*y.margins(), c.beta)),
-    "sdpo": Method("random", lambda c: c.negatives, ("pool", "share", "preference"), 0.5,
+    "sdpo": Method("random", lambda c: c.negatives, ("pool", "share", "preference"), 0.9,
                    lambda y, c: dpo(*y.margins(), c.beta)),
-    "sprec": Method("draws", lambda c: 1, ("share", "preference"), 0.8,     # clicked ones left out
+    "sprec": Method("draws", lambda c: 1, ("share", "preference"), 1.0,     # clicked ones left out
                     lambda y, c: (y.items[:, 0] != y.items[:, 1]) * dpo(*y.margins(), c.sprec_beta)),
-    "ipa": Method("beam", lambda c: c.beam, ("lambda", "share", "reward", "preference"), 2.6,
+    "ipa": Method("beam", lambda c: c.beam, ("lambda", "share", "reward", "preference"), 3.4,
                   lambda y, c: c.lam * ipa(y.margins()[1], y.reward[:, 1:], c.beta), with_sft=True),
-    "ppo": Method("draws", lambda c: c.group, ("share", "reward", "policy"), 2.0,   # V(x): the flow at s_0
+    "ppo": Method("draws", lambda c: c.group, ("share", "reward", "policy"), 2.5,   # V(x): the flow at s_0
                   lambda y, c: ppo(*y.drawn(), y.log_flow[:, 0, 0], c.clip, c.kl)),
-    "grpo": Method("draws", lambda c: c.group, ("share", "reward", "policy"), 2.0,
+    "grpo": Method("draws", lambda c: c.group, ("share", "reward", "policy"), 2.5,
                    lambda y, c: grpo(*y.drawn(), c.clip, c.kl)),
     # Two controls that are none of the paper's: is it the balance that helps, or any spreading, any teacher?
     "smooth": Method("none", lambda c: 0, ("smoothing",), 1.0, lambda y, c: torch.lerp(
                      sft(y.log_pf[:, 0]), sft(y.log_mean[:, 0]), c.smoothing),
                      flow=lambda trie, scores: torch.ones_like(trie.code).float().expand(len(scores), -1)),
 }
-METHODS["exact"] = METHODS["smooth"]._replace(source="all", cost=1.3,      # spread as SASRec's softmax is
+METHODS["exact"] = METHODS["smooth"]._replace(source="all", cost=1.65,     # spread as SASRec's softmax is
                                               flow=lambda trie, s: trie.flows(s.softmax(1).clamp(min=1e-20)))
 
 

@@ -1834,8 +1834,9 @@ def test_seeds_run_one_after_another_and_end_in_mean_and_spread(world, capsys):
     out = run(capsys, "--seeds", "1,2,3").out
     assert out.count("kept from before") == 12 and out.count("seed ") == 3      # the same runs, found again
     parts = out[out.index("test, n = 3"):].replace(" ± ", "±").splitlines()
-    assert [line.split()[0] for line in parts[1:]] == ["popularity", "SASRec", "SFT", "then"]
-    for line, *rows in zip(parts[1:], *single):
+    assert [line.split()[0] for line in parts[1:-1]] == ["popularity", "SASRec", "SFT", "then"]
+    assert re.match(r"the same \d+ users, mean of 3 runs, then tb less SFT: R@10 [+-]0", parts[-1])
+    for line, *rows in zip(parts[1:-1], *single):
         words = line.removeprefix("then").split()[1:]
         for word, *cells in zip(words[:7], *(row[2 if row[0] == "then" else 1:] for row in rows)):
             mean, spread = map(float, word.split("±"))
@@ -1848,6 +1849,30 @@ def test_seeds_run_one_after_another_and_end_in_mean_and_spread(world, capsys):
     assert "choose one" in run(capsys, "--seeds", "1,2", "--finetune-seeds", "1,2", expect=1).err
     assert "names a seed twice" in run(capsys, "--seeds", "1,2,1", expect=1).err
     assert "names a seed twice" in run(capsys, "--seeds", "42,042", expect=1).err
+
+
+@pytest.mark.parametrize("same_users", (True, False))
+def test_the_difference_from_sft_is_taken_user_by_user(same_users):
+    torch.manual_seed(0)
+    runs, users = [], {}            # user -> the differences that belong to one number of its own
+    for index in range(3):
+        taken = torch.arange(40) % 12 + (0 if same_users else index)
+        lists = {name: torch.stack([torch.randperm(15)[:12] for _ in taken])
+                 for name in ("SASRec", "SFT", "then db")}
+        runs.append({"popularity": {"taken": taken}, **{name: {"top": top} for name, top in lists.items()}})
+        for user, item in enumerate(taken.tolist()):
+            ranks = [row.index(item) if item in row else 99 for row in
+                     (lists[name][user].tolist()[:10] for name in ("SFT", "then db"))]
+            found = [(float(rank < 10), math.log(2) / math.log(rank + 2) * (rank < 10)) for rank in ranks]
+            users.setdefault(user if same_users else (index, user), []).append(
+                [after - before for before, after in zip(*found)])
+    numbers = np.array([np.mean(differences, axis=0) for differences in users.values()])
+    recall, ndcg = (f"{mean:+.4f} ± {spread / len(numbers) ** 0.5:.4f}"
+                    for mean, spread in zip(numbers.mean(0), numbers.std(0)))
+    assert datasets.less_sft(runs) == (
+        f"the same {40 if same_users else 120} users, mean of 3 runs, then db less SFT: R@10 {recall}, "
+        f"N@10 {ndcg} (standard error)")
+    assert datasets.less_sft(runs[:1]).startswith("the same 40 users, then db less SFT: R@10 ")
 
 
 def test_finetune_seeds_share_one_sft(world, capsys):
