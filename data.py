@@ -43,7 +43,7 @@ import urllib.request
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
 import torch
@@ -598,6 +598,9 @@ def choose_device(wanted: str) -> torch.device:
     if wanted.startswith("cuda:") and several:
         raise DataError(f"--device {wanted} is one GPU for several processes; use --device cuda")
     if wanted == "cuda" and several:
+        if "LOCAL_RANK" not in os.environ:
+            raise DataError("LOCAL_RANK, which names each process's GPU, is not set; start them by torchrun, "
+                            "or use --device cpu")
         wanted, n = f"cuda:{os.environ['LOCAL_RANK']}", int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if n > torch.cuda.device_count():           # all processes see that, so none waits for another
             raise DataError(f"{n} processes need as many GPUs, and torch sees {torch.cuda.device_count()}; "
@@ -608,12 +611,19 @@ def choose_device(wanted: str) -> torch.device:
     if device.index is not None:            # a bare "cuda" is torch's current device already
         torch.cuda.set_device(device)
     if several and not dist.is_initialized():
-        # Functions in there have the group as a default. Imported after it began, by DistributedDataParallel,
-        # they would keep it and its threads alive until Python ends, which now and then aborts.
-        importlib.import_module("torch.distributed.nn")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(days=7))     # the first may wait for another run
+        join(device)
     return device
+
+
+def join(device: torch.device) -> None:
+    """Let this process of several join the others. Raises DataError."""
+    if device.type == "cuda" and not dist.is_nccl_available():
+        raise DataError("several processes on GPUs need a torch with NCCL; use --device cpu")
+    # Functions in there have the group as a default. Imported after it began, by DistributedDataParallel,
+    # they would keep it and its threads alive until Python ends, which now and then aborts.
+    importlib.import_module("torch.distributed.nn")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                            timeout=datetime.timedelta(days=7))     # the first may wait for another run
 
 
 def of_the_first(value):
@@ -869,6 +879,9 @@ class Run:
 
     def compiled(self, model: torch.nn.Module, *stacks: str) -> torch.nn.Module:
         """The model, the blocks of its stacks compiled where --compile says so."""
+        if self.cfg.compile:
+            torch._dynamo.config.cache_size_limit = 64      # of shapes and modes: all blocks share one code
+            torch._dynamo.config.optimize_ddp = False       # which would cut them up; they are small
         for stack in stacks if self.cfg.compile else ():
             for block in getattr(model, stack):
                 block.compile(dynamic=True)
@@ -1130,7 +1143,7 @@ class Progress(contextlib.ExitStack):
 
     def done(self, step: int, loss: torch.Tensor, metrics: dict, best: tuple) -> None:
         """After a step: its loss and, where the model was validated, its metrics; best: the best state so far
-        and its score. Raises DataError where the loss is not finite, and Stopped."""
+        and its score. Raises DataError where the training has broken down, and Stopped."""
         last, self.last = self.last, time.perf_counter()
         self.checked += [self.last - last] * bool(metrics)      # seconds of the steps that were validated
         if step % 50 == 0 or metrics or step == self.steps:     # not always: it waits for the device
@@ -1143,21 +1156,23 @@ class Progress(contextlib.ExitStack):
         self.bar.update()
 
     def save(self, step: int, loss: torch.Tensor, best: tuple) -> None:
-        """Take a snapshot, unless the training has broken down."""
-        weights = [loss.detach(), *self.parts["model"].parameters()]
-        if not all(bool(weight.isfinite().all()) for weight in weights):
-            self.refuse(step, loss.item())
+        """Take a snapshot. Raises DataError where the training has broken down."""
+        self.check(step, loss.item(), self.parts["model"].parameters())
         state = {name: part.state_dict() for name, part in self.parts.items()}
         cuda = torch.cuda.get_rng_state(loss.device) if loss.is_cuda else None
         self.journal.save({"parts": state, "step": step, "best": best[0], "best_score": best[1],
                            "random": torch.get_rng_state(), "random_cuda": cuda})
 
-    def refuse(self, step: int, loss: float) -> None:
-        """Raises the DataError of a training that has broken down."""
-        journal, place = self.journal, "nothing of it is kept"
+    def check(self, step: int, loss: float, weights: Iterable = ()) -> None:
+        """Raises DataError where a loss or a weight is not finite. A step whose loss overflows in fp16 is
+        skipped, and the loss is scaled by half from then on: it has broken down where that leads nowhere."""
+        scaler, journal, place = self.parts["scaler"], self.journal, "nothing of it is kept"
+        fine = np.isfinite(loss) or scaler.is_enabled() and scaler.get_scale() >= 1
+        if fine and all(bool(weight.isfinite().all()) for weight in weights):
+            return
         if journal.writes and journal.snapshot.exists():
             place = f"its state of before is in {journal.snapshot}"
-        what = "a weight is not finite" if np.isfinite(loss) else f"the loss is {loss}"
+        what = "a weight is not finite" if fine else f"the loss is {loss}"
         raise DataError(f"{self.title}: {what} at step {step:,} of {self.steps:,}; lower the rates or "
                         f"weights of this training ({place})")
 
@@ -1173,12 +1188,12 @@ class Progress(contextlib.ExitStack):
 
     def report(self, step: int, loss: float, metrics: dict) -> None:
         """Note it, and show it on the bar or, where there is none, in a line."""
-        if not np.isfinite(loss):
-            self.refuse(step, loss)
+        self.check(step, loss)
         if self.parts["scaler"].is_enabled():       # a fused optimiser counts only the steps that it took
             counts = [state["step"] for state in self.parts["optimiser"].state.values()]
             self.latest["skipped for overflow in fp16"] = step - int(torch.stack(counts).max())
-        self.journal.log({"step": step, "loss": loss, **self.latest, **metrics})
+        known = {"loss": loss} if np.isfinite(loss) else {}
+        self.journal.log({"step": step, **known, **self.latest, **metrics})
         left = self.left(step)
         if metrics:
             self.best = {"valid N@10": f"{metrics['N@10']:.4f}"}
@@ -1518,6 +1533,7 @@ class RunSettings:
     """The settings that this file reads: the data, how a training is watched, where results go."""
     dataset: str = knob("toy", "data", "toy, beauty, yelp, instruments, or a folder of your own")
     seed: int = knob(42, "data", "fixes every random choice: on a CPU two runs print the same table", low=0)
+    finetune_seed: int = knob(-1, "finetune", "seed of the fine-tuning alone; -1: the same as --seed", low=-1)
     item_vectors: str = knob("", "vectors", "a .npy file of your own item vectors, not TF-IDF + SVD")
     vector_dim: int = knob(128, "vectors", "dimensions of the TF-IDF + SVD item vectors [ours]")
     evaluations: int = knob(8, "training", "how often a training is validated (NDCG@10) [ours]", below=1000)
@@ -1592,13 +1608,14 @@ def guarded(command: Callable[[], str]) -> int:
     """Run a command, print what it returns or one sentence of what went wrong; returns the exit code: 0, 1
     for bad input, 130 for Ctrl-C, 143 for SIGTERM. Of several processes the first alone speaks; a fault of
     another's machine is its own to tell."""
-    leads = processes()[0] == 0
+    leads, together = processes()[0] == 0, False
     for stream in (sys.stdout, sys.stderr):     # what a terminal has no letters for is shown as ?
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="replace")
     try:
         with on_signals(stop), contextlib.redirect_stdout(sys.stdout if leads else Nowhere()):
             print(command())
+        together = True
         return 0
     except (DataError, OSError, MemoryError, RuntimeError) as error:
         cut_off = re.search("gloo|NCCL|Connection", str(error))             # from a process that ended first
@@ -1606,12 +1623,13 @@ def guarded(command: Callable[[], str]) -> int:
             print(explain(error), file=sys.stderr)
         return 1
     except KeyboardInterrupt as stopped:
+        together = isinstance(stopped, Stopped)
         if leads:
             print("\nstopped: the same command goes on from here, unless with --fresh", file=sys.stderr)
         return 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if dist.is_initialized() and (together or dist.get_backend() == "gloo"):
+            dist.destroy_process_group()            # NCCL's waits for the others, and these for this one
 
 
 def aligned(table: list[list[str]]) -> str:

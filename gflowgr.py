@@ -79,7 +79,6 @@ class Config(datasets.RunSettings):
                      ("sft", "db", "tb", "dpo", "sdpo", "sprec", "ipa", "ppo", "grpo", "smooth", "exact"))
     from_scratch: bool = knob(False, "finetune", "fine-tune an untrained generator, for both trainings' time")
     finetune_epochs: float = knob(3.0, "finetune", "length, in passes of SFT; costly steps are fewer [ours]")
-    finetune_seed: int = knob(-1, "finetune", "seed of the fine-tuning alone; -1: the same as --seed", low=-1)
     finetune_lr: float = knob(0.003, "finetune", "peak rate of AdamW in the fine-tuning [ours]")
     lam: float = knob(0.01, "lambda", "lambda of Eq. 7, weight of what tb, db and ipa add [ours]")
     share: float = knob(0.125, "share", "of targets, in losses of more paths [ours]", low=1e-3, below=1.001)
@@ -283,9 +282,9 @@ class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight, in the type of x."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu":          # torch's own goes by way of float32 there
+        if x.device.type == "cpu":      # torch's own goes by way of float32; in CUDA's autocast it ends there
             return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * self.weight.to(x.dtype)
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), 1e-6)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), 1e-6).to(x.dtype)
 
 
 def linear(d_in: int, d_out: int, std: float) -> nn.Linear:
@@ -526,9 +525,9 @@ def path_log_probs(model: T5, catalogue: Catalogue, memory: Memory, items: Tenso
 
 def curriculum_sample(scores: Tensor, pool: Tensor, exclude: Tensor, k: int, beta: float) -> Tensor:
     """K items per user, easy ones (low scores) at beta < 0, hard ones at beta > 0, any at 0 (Section 3.1).
-    Gumbel top-K, a draw without replacement from softmax(beta * z), z the standardised score. [ours]: the
-    temperature makes the paper's order soft; the draw is from a pool of N' items that the batch shares.
-    scores (B, N') of the pool's items, pool (N',) ids with k others than exclude (B, T) -> ids (B, k)."""
+    Gumbel top-K, a draw without replacement from softmax(beta * z), z the standardised score. [ours]: this
+    soft order, and the pool of N' items that a batch shares. scores (B, N') of its items, pool (N',) ids with
+    k others than exclude (B, T) -> ids (B, k)."""
     z = (scores - scores.mean(1, keepdim=True)) / scores.std(1, correction=0, keepdim=True).clamp(min=1e-6)
     gumbel = -(-torch.rand_like(z).log()).log()
     clicked = (pool[:, None] == exclude[:, None]).any(-1)                           # (B, N')
@@ -609,8 +608,8 @@ def ppo(log_p: Tensor, log_old, log_ref, rewards, value, clip: float, kl: float)
 
 def grpo(log_p: Tensor, log_old: Tensor, log_ref: Tensor, rewards: Tensor, clip: float, kl: float) -> Tensor:
     """GRPO: the advantage is a reward's standard score in its group. (B, P) each -> (B,)."""
-    spread = rewards.std(1, correction=0, keepdim=True)
-    advantage = (rewards - rewards.mean(1, keepdim=True)) / (spread + 1e-4)
+    mean, spread = rewards.mean(1, keepdim=True), rewards.std(1, correction=0, keepdim=True)
+    advantage = (rewards - mean) / (spread + 1e-4)
     return clipped_loss(log_p, log_old, log_ref, advantage, clip, kl).mean(1)
 
 
@@ -869,6 +868,7 @@ def train_codes(run: Run, vectors: Tensor, collaborative: Tensor, journal: Journ
     quantiser = model.to(run.device).quantiser
 
     def loss_of(rows: Tensor, progress: float) -> Tensor:
+        rows = rows.to(run.device, non_blocking=True)       # an index from the CPU would wait for the GPU
         loss, quantised = model(vectors[rows])
         if alignment:
             loss = loss + alignment * alignment_loss(quantised.value, collaborative[rows])

@@ -1657,6 +1657,23 @@ def test_overflow_in_fp16_is_skipped_and_counted():
     assert entries[-1]["skipped for overflow in fp16"] == 4 and entries[-1]["loss"] < 0.1
 
 
+def test_a_loss_that_overflows_in_fp16_is_skipped_until_the_scale_is_used_up():
+    def fit(broken_until):
+        model, entries, journal = torch.nn.Linear(1, 1), [], datasets.Journal()
+        journal.log = entries.append
+        g.fit(model, "x", lambda rows, at: model(torch.ones(1, 1)).square().mean() * (
+                  math.inf if at <= broken_until else 1),
+              iter([torch.zeros(1)] * 100), 100, torch.optim.AdamW(model.parameters(), 0.3, fused=True),
+              journal, torch.float16, evaluations=20, validate=lambda: {"N@10": 0.1})
+        return entries
+
+    entries = fit(0.1)                  # two of these ten steps are validated
+    assert [entry["step"] for entry in entries[:2]] == [5, 10] and "loss" not in entries[0]
+    assert entries[-1]["skipped for overflow in fp16"] == 10 and entries[-1]["loss"] < 0.1
+    with pytest.raises(DataError, match="x: the loss is inf at step 20 of 100"):
+        fit(1.0)                        # 65,536 has been halved to less than 1 after 17 steps
+
+
 def test_precision_is_what_the_device_can_do():
     cpu = torch.device("cpu")
     assert datasets.compute_type(cpu, "auto") in (torch.bfloat16, torch.float32)
@@ -1681,6 +1698,34 @@ def test_a_gpu_is_taken_where_there_is_one(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(DataError, match="3 processes need as many GPUs, and torch sees 2"):
         datasets.choose_device("auto")                      # all fail alike, before they wait for each other
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    with pytest.raises(DataError, match="need a torch with NCCL"):
+        datasets.choose_device("auto")
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(DataError, match="LOCAL_RANK, which names each process's GPU, is not set"):
+        datasets.choose_device("auto")
+
+
+@pytest.mark.parametrize("backend, error, leaves", [
+    ("gloo", None, True), ("gloo", DataError("bad"), True), ("cpu:gloo,cuda:nccl", None, True),
+    ("cpu:gloo,cuda:nccl", DataError("bad"), False), ("cpu:gloo,cuda:nccl", KeyError("a bug"), False),
+    ("cpu:gloo,cuda:nccl", datasets.Stopped(15), True), ("cpu:gloo,cuda:nccl", KeyboardInterrupt(), False)])
+def test_a_process_takes_leave_of_a_gpus_group_only_with_the_others(monkeypatch, backend, error, leaves):
+    left = []                               # NCCL's farewell waits for all, and one that failed leaves alone
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
+
+    def command():
+        if error:
+            raise error
+        return "done"
+
+    with pytest.raises(KeyError) if isinstance(error, KeyError) else contextlib.nullcontext():
+        assert datasets.guarded(command) == {DataError: 1, datasets.Stopped: 143, KeyboardInterrupt: 130}.get(
+            type(error), 0)
+    assert bool(left) == leaves
 
 
 @pytest.mark.parametrize("loss, encoder", [("tb", "full"), *((loss, "causal") for loss in g.METHODS)])
@@ -1783,7 +1828,7 @@ def test_diversity_by_hand():
 QUICK = ["--code-epochs", "20", "--levels", "2", "--codebook-size", "8", "--sasrec-epochs", "2",
          "--sasrec-dim", "16", "--d-model", "16", "--heads", "2", "--d-kv", "8", "--d-ff", "32",
          "--layers", "1", "--batch", "64", "--sft-epochs", "1", "--finetune-epochs", "1",
-         "--evaluations", "2", "--vector-dim", "8"]
+         "--evaluations", "2", "--vector-dim", "8", "--device", "cpu"]
 
 
 @pytest.fixture
