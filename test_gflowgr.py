@@ -865,6 +865,27 @@ def test_compiled_blocks_are_close_to_eager_ones():
     torch.testing.assert_close(log_probs(model, catalogue, history, items)[0], plain, atol=1e-4, rtol=1e-4)
 
 
+def test_compiled_blocks_have_room_for_all_their_shapes(monkeypatch):
+    counters, catalogue = importlib.import_module("torch._dynamo.utils").counters, small_catalogue()
+    quick = functools.partialmethod(torch.nn.Module.compile, backend="eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", quick)
+    monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 8)    # its own; put back at the end
+    model = small_generator(catalogue, layers=1, causal=True, dropout=0.1)
+    counters.clear()
+    settings = types.SimpleNamespace(cfg=types.SimpleNamespace(compile=True))
+    datasets.Run.compiled(settings, model, "encoder", "decoder")
+    for loss in ("sft", "tb"):
+        tuning = g.FineTuning(model, small_sasrec(length=20), catalogue, g.Config(loss=loss, pool=30, k=2))
+        for batch, length in ((3, 7), (1, 20), (20, 2), (12, 1), (5, 5), (4, 3)):
+            model.train()
+            tuning.loss(*torch.randint(30, (2, batch, length)), 0.5).backward()
+        model.eval()
+        for batch, length in ((9, 7), (1, 3), (4, 4)):
+            g.beam_search(model, catalogue, catalogue.read(model, torch.randint(30, (batch, length))), 5)
+    assert counters["stats"]["unique_graphs"] > 8
+    assert not [reason for reason in counters["unimplemented"] if "limit" in reason]
+
+
 # ------------------------------------------------------------------------------------------------- 5. trie
 
 def test_trie_holds_exactly_the_items():
