@@ -674,7 +674,7 @@ METHODS = {
                      sft(y.log_pf[:, 0]), sft(y.log_mean[:, 0]), c.smoothing),
                      flow=lambda trie, scores: torch.ones_like(trie.code).float().expand(len(scores), -1)),
 }
-METHODS["exact"] = METHODS["smooth"]._replace(source="all", cost=1.65,     # spread as SASRec's softmax is
+METHODS["exact"] = METHODS["smooth"]._replace(source="all", cost=1.3,      # spread as SASRec's softmax is
                                               flow=lambda trie, s: trie.flows(s.softmax(1).clamp(min=1e-20)))
 
 
