@@ -2189,7 +2189,7 @@ def test_a_fine_tuning_begins_where_sft_ended_with_its_own_rate_and_length(world
     assert same(begun["state"], tunings[1].reference.state_dict()) and begun["top"].shape[1] == 25
     batches = math.ceil(int((data.offsets.diff() - 3).sum()) / 64)
     assert rates == [0.02, 0.003] and set(pools) == {40}
-    assert refreshed == [(i + 1, n) for n in (batches, round(batches * 2 / 0.4)) for i in range(n)]
+    assert refreshed == [(i + 1, n) for n in (batches, round(batches * 2 / 0.8)) for i in range(n)]
 
 
 def same(one, two):
