@@ -850,6 +850,7 @@ def test_norm_and_its_gradient_are_torchs():
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")        # of torch itself
 def test_compiled_blocks_are_close_to_eager_ones():
     if not any(map(shutil.which, ("g++", "clang++"))):
         pytest.skip("no compiler")
@@ -865,6 +866,7 @@ def test_compiled_blocks_are_close_to_eager_ones():
     torch.testing.assert_close(log_probs(model, catalogue, history, items)[0], plain, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")        # of torch itself
 def test_compiled_blocks_have_room_for_all_their_shapes(monkeypatch):
     counters, catalogue = importlib.import_module("torch._dynamo.utils").counters, small_catalogue()
     quick = functools.partialmethod(torch.nn.Module.compile, backend="eager")
