@@ -1157,13 +1157,13 @@ class Progress(contextlib.ExitStack):
 
     def save(self, step: int, loss: torch.Tensor, best: tuple) -> None:
         """Take a snapshot. Raises DataError where the training has broken down."""
-        self.check(step, loss.item(), self.parts["model"].parameters())
+        self.check_finite(step, loss.item(), self.parts["model"].parameters())
         state = {name: part.state_dict() for name, part in self.parts.items()}
         cuda = torch.cuda.get_rng_state(loss.device) if loss.is_cuda else None
         self.journal.save({"parts": state, "step": step, "best": best[0], "best_score": best[1],
                            "random": torch.get_rng_state(), "random_cuda": cuda})
 
-    def check(self, step: int, loss: float, weights: Iterable = ()) -> None:
+    def check_finite(self, step: int, loss: float, weights: Iterable = ()) -> None:
         """Raises DataError where a loss or a weight is not finite. A step whose loss overflows in fp16 is
         skipped, and the loss is scaled by half from then on: it has broken down where that leads nowhere."""
         scaler, journal, place = self.parts["scaler"], self.journal, "nothing of it is kept"
@@ -1188,7 +1188,7 @@ class Progress(contextlib.ExitStack):
 
     def report(self, step: int, loss: float, metrics: dict) -> None:
         """Note it, and show it on the bar or, where there is none, in a line."""
-        self.check(step, loss)
+        self.check_finite(step, loss)
         if self.parts["scaler"].is_enabled():       # a fused optimiser counts only the steps that it took
             counts = [state["step"] for state in self.parts["optimiser"].state.values()]
             self.latest["skipped for overflow in fp16"] = step - int(torch.stack(counts).max())
