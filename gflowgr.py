@@ -282,7 +282,7 @@ class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight, in the type of x."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu":      # torch's own goes by way of float32; in CUDA's autocast it ends there
+        if x.device.type == "cpu":      # torch's own goes by way of float32; CUDA's autocast leaves it there
             return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * self.weight.to(x.dtype)
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), 1e-6).to(x.dtype)
 
