@@ -694,6 +694,29 @@ def data_parallel(model: torch.nn.Module, loss_of: Callable, targets: torch.Tens
     return part
 
 
+def graphed(model: torch.nn.Module, loss_of: Callable, dtype=torch.float32, most: int = 1 << 24) -> Callable:
+    """loss_of(*tensors, progress) of a model on a GPU, its two passes recorded as CUDA graphs, one of each for
+    each shape of the tensors: alone, hundreds of small kernels take longer to launch than to run. loss_of gets
+    the progress as a tensor, may decide nothing by it, and asks the GPU for no number. Without graphs: a CPU,
+    several processes, and models of more than `most` weights, for each graph holds gradients of its own."""
+    device, n_weights = next(model.parameters()).device, sum(weight.numel() for weight in model.parameters())
+    if device.type != "cuda" or processes()[1] > 1 or n_weights > most:
+        return loss_of
+    recorded, pool = {}, torch.cuda.graph_pool_handle()     # one graph at a time is replayed, so all share it
+
+    def replay(*arguments) -> torch.Tensor:
+        inputs = tuple(x.to(device, non_blocking=True) for x in arguments[:-1])
+        inputs += torch.full((), arguments[-1], device=device),
+        shapes = tuple(x.shape for x in inputs)
+        if shapes not in recorded:
+            with torch.autocast("cuda", dtype, enabled=dtype != torch.float32, cache_enabled=False):
+                recorded[shapes] = torch.cuda.make_graphed_callables(
+                    Step(model, loss_of), inputs, allow_unused_input=True, pool=pool)
+        return recorded[shapes](*inputs)
+
+    return replay
+
+
 # -------------------------------------------------------------------------------------------- kept results
 
 class Run:
@@ -801,15 +824,17 @@ class Run:
         return items, examples.items[examples.end[rows]]
 
     def train(self, title: str, model: torch.nn.Module, recommend: Callable, loss: Callable, pairs: Examples,
-              batch: int, steps: int, optimiser: torch.optim.Optimizer, journal: Journal, **options) -> dict:
+              batch: int, steps: int, optimiser: torch.optim.Optimizer, journal: Journal, graphs: bool = True,
+              **options) -> dict:
         """Fit a recommender on pairs, choose its state on validation users, score all of these and, once, the
         test users. recommend: histories (B, T) -> item ids (B, W), best first; loss(histories (B, T),
-        targets, progress) -> scalar; batch: targets of a step; the others: see `fit`."""
+        targets, progress) -> scalar; batch: targets of a step; graphs: may a GPU replay the loss (`graphed`)?
+        The others: see `fit`."""
         def score(part: str, rows: torch.Tensor | None = None) -> tuple[torch.Tensor, dict]:
             items, target = self.recommended(model, recommend, part, rows)
             return items, self.metrics(items, target)
 
-        targets = pairs.targets()
+        targets, loss = pairs.targets(), graphed(model, loss, self.dtype) if graphs else loss
         batches = length_batches(pairs.end - pairs.start, batch, steps, torch.initial_seed(), targets)
         loss_of = data_parallel(model, lambda rows, progress: loss(*pairs.batch(rows), progress), targets)
         self.fit(model, title, loss_of, batches, steps, optimiser, journal, self.dtype, self.cfg.evaluations,

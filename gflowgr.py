@@ -758,8 +758,8 @@ class FineTuning:
         each item, N where padded. [ours]: but for SFT's loss and the controls, of a share of the targets."""
         cfg, n, loss, memory = self.cfg, len(history), 0.0, None
         ends = torch.arange(target.shape[1], device=target.device) if target.dim() == 2 else None
-        first_half = 0 < progress * cfg.iterations % 1 <= 0.5   # of sprec's iteration: SFT, then DPO
-        method = METHODS["sft" if cfg.loss == "sprec" and first_half else cfg.loss]
+        first_half = cfg.loss == "sprec" and 0 < progress * cfg.iterations % 1 <= 0.5   # SFT, then DPO
+        method = METHODS["sft" if first_half else cfg.loss]
         if method.with_sft:         # one reading for both terms; ipa's second, without dropout, has its own
             memory = None if self.reference is not None else self.catalogue.read(self.model, history, ends)
             loss = self.term(METHODS["sft"], history, target, progress, ends, memory)
@@ -889,7 +889,7 @@ def train_codes(run: Run, vectors: Tensor, collaborative: Tensor, journal: Journ
     tidy(0)
     batches = datasets.length_batches(torch.zeros(len(vectors)), 1024, steps, cfg.seed)     # shuffled
     optimiser = optim.AdamW(model.parameters(), 1e-3, weight_decay=0.0, fused=True)
-    fit(model, "codes", loss_of, batches, steps, optimiser, journal, after=tidy)
+    fit(model, "codes", datasets.graphed(model, loss_of), batches, steps, optimiser, journal, after=tidy)
     with torch.no_grad():
         return model(vectors)[1].codes
 
@@ -959,7 +959,7 @@ def train_generator(run: Run, stage: str, catalogue: Catalogue, sasrec: SASRec, 
         result = run.train(cfg.loss, model, lambda history: beam_search(
                                model, catalogue, catalogue.read(model, history), cfg.beam)[0],
                            tuning.loss, pairs, cfg.batch, steps, optimiser, journal, old=tuning.old,
-                           after=lambda step: tuning.refresh(step, steps))
+                           after=lambda step: tuning.refresh(step, steps), graphs=cfg.loss != "sprec")
         return {**result, "codes": catalogue.codes.cpu(), "semantic": catalogue.semantic}   # for `recommend`
 
     return run.trained(stage, model, build)

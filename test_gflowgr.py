@@ -1774,6 +1774,69 @@ def test_a_step_and_a_search_never_ask_their_device_for_a_number(monkeypatch, lo
     assert {x.device for x in (value, items, score, *ranks)} == {device}
 
 
+on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+
+
+def a_fine_tuning(device, dropout=0.1, **settings):
+    """A method at work on a device, and rows of its batches in two shapes."""
+    catalogue, pairs = small_catalogue(), datasets.split(small_world(n_items=30), 8)["train"].windows(8)
+    model = small_generator(catalogue, causal=True, dropout=dropout).to(device).train()
+    catalogue = g.Catalogue.of(catalogue.codes.to(device), catalogue.semantic)
+    tuning = g.FineTuning(model, small_sasrec().to(device), catalogue, g.Config(pool=20, **settings))
+    return tuning, [pairs.to(device).batch(torch.arange(n)) for n in (6, 30)]
+
+
+def loss_and_gradients(loss, model, batch, progress, seed=3):
+    torch.manual_seed(seed)
+    model.zero_grad()
+    value = loss(*batch, progress)
+    value.backward()
+    return [value.detach().clone()] + [torch.zeros_like(weight) if weight.grad is None else weight.grad.clone()
+                                       for weight in model.parameters()]
+
+
+@on_cuda
+@pytest.mark.parametrize("loss", [loss for loss in g.METHODS if loss != "sprec"])
+def test_a_cuda_graph_replays_the_loss_and_its_gradients(loss):
+    tuning, batches = a_fine_tuning("cuda", loss=loss)
+    replay = datasets.graphed(tuning.model, tuning.loss)
+    for batch in batches:
+        replay(*batch, 0.5)                                             # records it
+    for progress, batch in itertools.product((0.2, 0.9), batches):      # the same random numbers in both
+        expected = loss_and_gradients(tuning.loss, tuning.model.train(), batch, progress)
+        found = loss_and_gradients(replay, tuning.model.train(), batch, progress)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        tuning.model.embedding.weight.mul_(2)               # a weight is read whenever the graph is replayed
+    assert loss_and_gradients(replay, tuning.model.train(), batch, progress)[0] != found[0]
+
+
+@on_cuda
+@pytest.mark.parametrize("loss", ["sft", "tb", "db", "smooth", "exact"])
+def test_a_gpu_computes_what_a_cpu_does(loss):
+    found = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        tuning, batches = a_fine_tuning(device, dropout=0.0, loss=loss, sampler="none", share=1.0)
+        losses = loss_and_gradients(tuning.loss, tuning.model, batches[1], 0.5)
+        memory = tuning.catalogue.read(tuning.model, batches[1][0])
+        searched = g.beam_search(tuning.model, tuning.catalogue, memory, 10)
+        found.append([*losses, *searched, tuning.sasrec.loss(*batches[1], 50)])
+    for on_cpu, on_gpu in zip(*found):
+        torch.testing.assert_close(on_gpu.cpu(), on_cpu, atol=1e-4, rtol=1e-3)
+
+
+@on_cuda
+@pytest.mark.parametrize("flags", [
+    ["--loss=tb"], ["--loss=sprec"], ["--loss=grpo", "--backbone=letter"], ["--loss=ipa", "--precision=fp32"],
+    ["--loss=db", "--precision=fp16"], ["--loss=tb", "--encoder=full"], ["--loss=exact", "--from-scratch"]])
+def test_all_stages_run_on_a_gpu(world, capsys, flags):
+    out = run(capsys, "--device=cuda", *flags).out
+    assert "; cuda, " in out and "R@10" in out
+    again = run(capsys, "--device=cuda", *flags).out
+    assert again.count("kept from before") == 4 and table(again) == table(out)
+
+
 def test_bf16_is_close_to_float32():
     model, sasrec, *rest = method_setting()
     values = []
@@ -2829,7 +2892,7 @@ BEAUTY_LENGTHS = [22363, 22363, 15201, 10980, 8300, 6489, 5123, 4242, 3547, 2989
 TIGER = dict(heads=6, d_kv=64, d_ff=1024, layers=4)
 SIZES = {"TIGER's size": TIGER, "TIGER's size, full encoder": {**TIGER, "encoder": "full"},
          "default size": {}, "default size, full encoder": {"encoder": "full"}}
-RUNS, STEPS = 5, 8
+RUNS, STEPS = 5, {"cpu": 8, "cuda": 200}
 
 
 def seconds(device, *works, runs=RUNS, warm_up=1):
@@ -2877,17 +2940,25 @@ def autocast(device):
 
 
 def training(loss, size, catalogue, sasrec, pairs, device):
-    """All that `fit` does for a batch of rows, as a function of the rows; and the generator."""
-    cfg = g.Config(loss=loss, **size)
+    """All that `fit` does for a batch of rows, as a function of the rows; the generator, and its plain loss."""
+    cfg, dtype = g.Config(loss=loss, **size), datasets.compute_type(device, "auto")
     model = g.generator(cfg, catalogue).to(device)
     tuning = g.FineTuning(model, sasrec, catalogue, cfg)
+    loss_of = datasets.graphed(model, tuning.loss, dtype)
 
     def train(batches):
-        g.fit(model, loss, lambda rows, progress: tuning.loss(*pairs.batch(rows), progress), iter(batches),
-              len(batches), datasets.relative_adamw(model, 1e-3, 0.01), datasets.Journal(),
-              datasets.compute_type(device, "auto"))
+        g.fit(model, loss, lambda rows, progress: loss_of(*pairs.batch(rows), progress), iter(batches),
+              len(batches), datasets.relative_adamw(model, 1e-3, 0.01), datasets.Journal(), dtype)
 
-    return train, model
+    return train, model, tuning.loss
+
+
+def operations(loss_of, pairs, batches):
+    """Floating-point operations of the matrix products of a loss and its gradient, over all batches."""
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        for rows in batches:
+            loss_of(*pairs.batch(rows), 0.5).backward()
+    return counter.get_total_flops()
 
 
 def apart(function, *arguments):
@@ -2939,27 +3010,28 @@ def speed_table(device):
     table = [["", "SFT pairs/s", "TB pairs/s", "TB step / SFT's", "share of peak", "users/s"]]
     for name, size in SIZES.items():
         examples = pairs if "encoder" in size else together
-        batches = batches_of(examples, 256, STEPS)
+        batches = batches_of(examples, 256, STEPS[device.type])
         n = int(examples.targets()[torch.cat(batches)].sum())
-        train, model = training("sft", size, catalogue, sasrec.eval(), examples, device)
-        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-            train(batches)
-        balance, _ = training("tb", size, catalogue, sasrec, examples, device)
+        train, model, loss_of = training("sft", size, catalogue, sasrec.eval(), examples, device)
+        flops = operations(loss_of, examples, batches)
+        balance, *_ = training("tb", size, catalogue, sasrec, examples, device)
         sft, tb = seconds(device, lambda: train(batches), lambda: balance(batches))
         table.append([f"T5, {name}", f"{n / sft:,.0f}", f"{n / tb:,.0f}", f"{tb / sft:.2f}",
-                      f"{counter.get_total_flops() / sft / peak:.1%}",
+                      f"{flops / sft / peak:.1%}",
                       f"{users_per_second(model, catalogue, pairs, device):,.0f}"])
         print(" | ".join(table[-1]), file=sys.stderr, flush=True)
     optimiser = torch.optim.AdamW(sasrec.train().requires_grad_(True).parameters(), 1e-3, fused=True)
+    loss_of = datasets.graphed(sasrec, lambda history, target, _: sasrec.loss(history, target, 50_000),
+                               datasets.compute_type(device, "auto"))
 
     def step(rows):
         with autocast(device):
-            loss = sasrec.loss(*together.batch(rows), 50_000)
+            loss = loss_of(*together.batch(rows), 0.5)
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
 
-    batches = batches_of(together, 768, STEPS)
+    batches = batches_of(together, 768, STEPS[device.type])
     took, = seconds(device, lambda: [step(rows) for rows in batches])
     table.append(["SASRec", f"{together.targets()[torch.cat(batches)].sum() / took:,.0f}", "", "", "", ""])
     if device.type == "cpu" and importlib.util.find_spec("transformers"):
