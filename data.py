@@ -452,12 +452,12 @@ def text_vectors(texts: list[str], dim: int, seed: int = 42) -> torch.Tensor:
     value = (1 + np.log(count)) * np.log(len(texts) / frequency[word])
     column = np.unique(word, return_inverse=True)[1]
     norm = np.sqrt(np.bincount(row, value ** 2, minlength=len(texts)))
-    matrix = torch.sparse_coo_tensor(np.stack([row, column]), value / np.maximum(norm[row], 1e-12),
-                                     (len(texts), column.max() + 1), dtype=torch.float32,
-                                     check_invariants=True)
-    rank = min(dim, *matrix.shape)      # the sketch is a little wider than that, which makes the cut sharp
-    with torch.random.fork_rng(devices=[]):  # svd_lowrank draws its probes from the global generator
+    # svd_lowrank draws its probes from the global generator
+    with torch.random.fork_rng(devices=[]), torch.sparse.check_sparse_tensor_invariants():
         torch.manual_seed(seed)
+        matrix = torch.sparse_coo_tensor(np.stack([row, column]), value / np.maximum(norm[row], 1e-12),
+                                         (len(texts), column.max() + 1), dtype=torch.float32)
+        rank = min(dim, *matrix.shape)      # the sketch is a little wider than that, which makes the cut sharp
         left, scale, _ = torch.svd_lowrank(matrix, q=min(rank + 16, *matrix.shape), niter=4)
     vectors = torch.zeros(len(texts), dim)
     vectors[:, :rank] = left[:, :rank] * scale[:rank]
@@ -694,27 +694,47 @@ def data_parallel(model: torch.nn.Module, loss_of: Callable, targets: torch.Tens
     return part
 
 
-def graphed(model: torch.nn.Module, loss_of: Callable, dtype=torch.float32, most: int = 1 << 24) -> Callable:
-    """loss_of(*tensors, progress) of a model on a GPU, its two passes recorded as CUDA graphs, one of each for
-    each shape of the tensors: alone, hundreds of small kernels take longer to launch than to run. loss_of gets
-    the progress as a tensor, may decide nothing by it, and asks the GPU for no number. Without graphs: a CPU,
-    several processes, and models of more than `most` weights, for each graph holds gradients of its own."""
-    device, n_weights = next(model.parameters()).device, sum(weight.numel() for weight in model.parameters())
-    if device.type != "cuda" or processes()[1] > 1 or n_weights > most:
-        return loss_of
-    recorded, pool = {}, torch.cuda.graph_pool_handle()     # one graph at a time is replayed, so all share it
+class Graphs:
+    """loss_of(*tensors, progress) of a model on a GPU, its two passes recorded as CUDA graphs, one of each
+    for each shape of the tensors, and replayed: one by one, hundreds of small kernels take longer to launch
+    than to run. loss_of gets the progress as a tensor, decides nothing by it, asks the GPU for no number."""
 
-    def replay(*arguments) -> torch.Tensor:
-        inputs = tuple(x.to(device, non_blocking=True) for x in arguments[:-1])
-        inputs += torch.full((), arguments[-1], device=device),
+    def __init__(self, model: torch.nn.Module, loss_of: Callable, dtype: torch.dtype):
+        self.model, self.loss_of, self.dtype = model, loss_of, dtype
+        self.device, self.recorded = next(model.parameters()).device, {}
+        self.pool = torch.cuda.graph_pool_handle()          # one graph at a time is replayed: they share memory
+
+    def __call__(self, *arguments) -> torch.Tensor:
+        inputs = tuple(x.to(self.device, non_blocking=True) for x in arguments[:-1])
+        inputs += torch.full((), arguments[-1], device=self.device),
         shapes = tuple(x.shape for x in inputs)
-        if shapes not in recorded:
-            with torch.autocast("cuda", dtype, enabled=dtype != torch.float32, cache_enabled=False):
-                recorded[shapes] = torch.cuda.make_graphed_callables(
-                    Step(model, loss_of), inputs, allow_unused_input=True, pool=pool)
-        return recorded[shapes](*inputs)
+        if shapes not in self.recorded:
+            self.recorded[shapes] = self.record(inputs)
+        return self.recorded[shapes](*inputs)
 
-    return replay
+    def record(self, inputs: tuple[torch.Tensor, ...]) -> Callable:
+        """The graphs of one shape, after a reading that is not recorded."""
+        losses = []
+
+        def loss_of(*inputs) -> torch.Tensor:
+            self.model.train()                              # the reading before may have ended in eval mode
+            losses.append(self.loss_of(*inputs))
+            return losses[-1]
+
+        with torch.autocast("cuda", self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False):
+            replay = torch.cuda.make_graphed_callables(Step(self.model, loss_of), inputs,
+                                                       num_warmup_iters=1, allow_unused_input=True,
+                                                       pool=self.pool)
+        losses[-1].detach_()        # else gradients would for ever be added up on the stream of the recording
+        return replay
+
+
+def graphed(model: torch.nn.Module, loss_of: Callable, dtype=torch.float32, most: int = 1 << 24) -> Callable:
+    """loss_of itself, or its `Graphs`: on a GPU, where one process trains a model of at most `most` weights,
+    for each graph holds gradients of its own."""
+    weights = list(model.parameters())
+    alone = weights[0].device.type == "cuda" and processes()[1] == 1
+    return Graphs(model, loss_of, dtype) if alone and sum(map(torch.numel, weights)) <= most else loss_of
 
 
 # -------------------------------------------------------------------------------------------- kept results
@@ -810,13 +830,14 @@ class Run:
         by recommend(histories (B, T)); and the items (U,) that they took. Each process scores its share."""
         examples, found, (rank, world) = self.parts[part], [], processes()
         rows = torch.arange(len(examples)) if rows is None else rows
+        chunk = 256 if self.device.type == "cpu" else 1024      # on a CPU what is worked on fits its cache
         order = torch.argsort((examples.end - examples.start)[rows], stable=True)   # alike lengths together
         shared = 1 < world <= len(order)
         mine = order[rank::world] if shared else order
         model.eval()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            for chunk in tqdm(rows[mine].split(256), desc=f"scoring: {part}", disable=quiet(), leave=False):
-                found.append(recommend(examples.batch(chunk)[0]))
+            for users in tqdm(rows[mine].split(chunk), desc=f"scoring: {part}", disable=quiet(), leave=False):
+                found.append(recommend(examples.batch(users)[0]))
         items = torch.zeros(len(rows), found[0].shape[1], dtype=torch.long, device=self.device)
         items[mine] = torch.cat(found)
         if shared:

@@ -782,7 +782,7 @@ def fit(model: nn.Module, title: str, loss_of: Callable, batches: Iterator[Tenso
     """The one loop that trains all models. loss_of(rows, progress) -> scalar; validate() -> metrics, whose
     N@10 chooses the state to end with (else the last); after(step) follows a step. A training that was cut
     off goes on from the journal's snapshot, which holds `others`, too. Raises DataError."""
-    device = next(model.parameters()).device
+    weights, device = list(model.parameters()), next(model.parameters()).device
     rate = optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(       # warm-up, then half a cosine
         20 * (step + 1) / steps, 0.5 * (1 + math.cos(math.pi * step / steps))))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -791,12 +791,13 @@ def fit(model: nn.Module, title: str, loss_of: Callable, batches: Iterator[Tenso
     with datasets.Progress(title, steps, journal, parts, checks) as progress:
         start, best, best_score = progress.resume()
         for step, rows in enumerate(itertools.islice(batches, start, None), start + 1):
-            model.train()
+            if not model.training:          # train() walks through all modules
+                model.train()
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):    # of matrix products
                 loss = loss_of(rows, step / steps)
             scaler.scale(loss).backward()
             scaler.unscale_(optimiser)
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(weights, 1.0)
             scaler.step(optimiser)
             scaler.update()
             optimiser.zero_grad(set_to_none=True)
@@ -805,7 +806,7 @@ def fit(model: nn.Module, title: str, loss_of: Callable, batches: Iterator[Tenso
             metrics = validate() if step in checks else {}
             if metrics and metrics["N@10"] > best_score:
                 best, best_score = copy.deepcopy(model.state_dict()), metrics["N@10"]
-            progress.done(step, loss, metrics, (best, best_score))
+            progress.done(step, loss.detach_(), metrics, (best, best_score))    # in place: its graph is freed
     model.load_state_dict(best or model.state_dict())
 
 
@@ -868,7 +869,6 @@ def train_codes(run: Run, vectors: Tensor, collaborative: Tensor, journal: Journ
     quantiser = model.to(run.device).quantiser
 
     def loss_of(rows: Tensor, progress: float) -> Tensor:
-        rows = rows.to(run.device, non_blocking=True)       # an index from the CPU would wait for the GPU
         loss, quantised = model(vectors[rows])
         if alignment:
             loss = loss + alignment * alignment_loss(quantised.value, collaborative[rows])

@@ -2892,7 +2892,7 @@ BEAUTY_LENGTHS = [22363, 22363, 15201, 10980, 8300, 6489, 5123, 4242, 3547, 2989
 TIGER = dict(heads=6, d_kv=64, d_ff=1024, layers=4)
 SIZES = {"TIGER's size": TIGER, "TIGER's size, full encoder": {**TIGER, "encoder": "full"},
          "default size": {}, "default size, full encoder": {"encoder": "full"}}
-RUNS, STEPS = 5, {"cpu": 8, "cuda": 200}
+RUNS, STEPS = 5, {"cpu": 8, "cuda": 100}
 
 
 def seconds(device, *works, runs=RUNS, warm_up=1):
