@@ -24,6 +24,7 @@ import dataclasses
 import datetime
 import difflib
 import errno
+import gc
 import hashlib
 import http.client
 import importlib.util
@@ -697,12 +698,17 @@ def data_parallel(model: torch.nn.Module, loss_of: Callable, targets: torch.Tens
 class Graphs:
     """loss_of(*tensors, progress) of a model on a GPU, its two passes recorded as CUDA graphs, one of each
     for each shape of the tensors, and replayed: one by one, hundreds of small kernels take longer to launch
-    than to run. loss_of gets the progress as a tensor, decides nothing by it, asks the GPU for no number."""
+    than to run. loss_of gets the progress as a tensor, decides nothing by it, asks the GPU for no number.
+
+    What a call returns and its gradients lie in memory of the graphs, which the next call overwrites, and so
+    do the tensors of the first call of a shape: give it new ones.
+    """
 
     def __init__(self, model: torch.nn.Module, loss_of: Callable, dtype: torch.dtype):
+        gc.collect()            # graphs of a training that has ended lie in cycles, and hold memory until then
         self.model, self.loss_of, self.dtype = model, loss_of, dtype
         self.device, self.recorded = next(model.parameters()).device, {}
-        self.pool = torch.cuda.graph_pool_handle()          # one graph at a time is replayed: they share memory
+        self.pool = torch.cuda.graph_pool_handle()          # shared: a replay needs nothing of the one before
 
     def __call__(self, *arguments) -> torch.Tensor:
         inputs = tuple(x.to(self.device, non_blocking=True) for x in arguments[:-1])
@@ -713,28 +719,29 @@ class Graphs:
         return self.recorded[shapes](*inputs)
 
     def record(self, inputs: tuple[torch.Tensor, ...]) -> Callable:
-        """The graphs of one shape, after a reading that is not recorded."""
-        losses = []
+        """The graphs of one shape. What loads or chooses kernels does so in one run before the recording."""
+        losses, device = [], self.device.type
 
         def loss_of(*inputs) -> torch.Tensor:
-            self.model.train()                              # the reading before may have ended in eval mode
-            losses.append(self.loss_of(*inputs))
+            self.model.train()                              # the run before may have ended in eval mode
+            with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False):
+                losses.append(self.loss_of(*inputs))        # a cached weight would be that of the recording
             return losses[-1]
 
-        with torch.autocast("cuda", self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False):
-            replay = torch.cuda.make_graphed_callables(Step(self.model, loss_of), inputs,
-                                                       num_warmup_iters=1, allow_unused_input=True,
-                                                       pool=self.pool)
-        losses[-1].detach_()        # else gradients would for ever be added up on the stream of the recording
+        with torch.autocast(device, enabled=False):         # in the forward pass alone, as in `fit`
+            replay = torch.cuda.make_graphed_callables(Step(self.model, loss_of), inputs, num_warmup_iters=1,
+                                                       allow_unused_input=True, pool=self.pool)
+        for loss in losses:     # else each replay would add up the gradients on the stream of the recording
+            loss.detach_()
         return replay
 
 
 def graphed(model: torch.nn.Module, loss_of: Callable, dtype=torch.float32, most: int = 1 << 24) -> Callable:
-    """loss_of itself, or its `Graphs`: on a GPU, where one process trains a model of at most `most` weights,
-    for each graph holds gradients of its own."""
+    """loss_of itself, or its `Graphs`: on a GPU, where one process trains a model (DistributedDataParallel
+    acts between kernels) of at most `most` weights: each graph holds gradients of its own."""
     weights = list(model.parameters())
-    alone = weights[0].device.type == "cuda" and processes()[1] == 1
-    return Graphs(model, loss_of, dtype) if alone and sum(map(torch.numel, weights)) <= most else loss_of
+    single = weights[0].device.type == "cuda" and processes()[1] == 1
+    return Graphs(model, loss_of, dtype) if single and sum(map(torch.numel, weights)) <= most else loss_of
 
 
 # -------------------------------------------------------------------------------------------- kept results

@@ -1800,15 +1800,55 @@ def loss_and_gradients(loss, model, batch, progress, seed=3):
 def test_a_cuda_graph_replays_the_loss_and_its_gradients(loss):
     tuning, batches = a_fine_tuning("cuda", loss=loss)
     replay = datasets.graphed(tuning.model, tuning.loss)
+    assert isinstance(replay, datasets.Graphs)
     for batch in batches:
         replay(*batch, 0.5)                                             # records it
     for progress, batch in itertools.product((0.2, 0.9), batches):      # the same random numbers in both
+        with torch.no_grad():
+            tuning.model.embedding.weight.mul_(1.2)         # a weight is read whenever the graph is replayed
         expected = loss_and_gradients(tuning.loss, tuning.model.train(), batch, progress)
         found = loss_and_gradients(replay, tuning.model.train(), batch, progress)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
-    with torch.no_grad():
-        tuning.model.embedding.weight.mul_(2)               # a weight is read whenever the graph is replayed
-    assert loss_and_gradients(replay, tuning.model.train(), batch, progress)[0] != found[0]
+    assert set(replay.recorded) == {tuple(x.shape for x in (*batch, torch.ones(()))) for batch in batches}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_shape_is_recorded_once(monkeypatch, dtype):
+    """By a stand-in for torch's recording: as there, the first inputs stay and take in those that follow."""
+    model, seen, kept = torch.nn.Linear(4, 1), [], []
+
+    def loss_of(x, y, progress):
+        seen.append((x.shape, model.training, torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled(),
+                     torch.is_tensor(progress)))
+        model.eval()                                            # as the losses that compare policies do
+        kept.append((model(x) - y).square().mean() * (1 + progress))
+        return kept[-1]
+
+    def record(step, inputs, num_warmup_iters, allow_unused_input, pool):
+        assert not torch.is_autocast_enabled("cpu") and set(step.parameters()) == set(model.parameters())
+        for _ in range(num_warmup_iters + 1):
+            torch.autograd.grad(step(*inputs), model.weight)
+
+        def replay(*arguments):
+            for static, new in zip(inputs, arguments):
+                static.copy_(new)
+            return (model(inputs[0]) - inputs[1]).square().mean() * (1 + inputs[2])
+
+        return replay
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    graphs = datasets.Graphs(model, loss_of, dtype)
+    for n, progress in ((3, 0.0), (3, 0.5), (5, 0.5), (3, 0.25), (5, 1.0)):
+        x, y = torch.randn(n, 4), torch.randn(n, 1)
+        expected = (model(x) - y).square().mean() * (1 + progress)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):      # as in `fit`
+            torch.testing.assert_close(graphs(x, y, progress), expected, atol=0.1 * (dtype != torch.float32),
+                                       rtol=1e-5)
+    mixed = dtype == torch.bfloat16
+    assert seen == [(torch.Size([n, 4]), True, mixed, False, True) for n in (3, 3, 5, 5)]
+    assert all(loss.grad_fn is None for loss in kept)           # no node of a recording stays with a weight
+    assert datasets.graphed(model, loss_of) is loss_of          # on a CPU
 
 
 @on_cuda
@@ -2990,8 +3030,8 @@ def standard_training(n):
 
 @torch.no_grad()
 def users_per_second(model, catalogue, pairs, device, beam=20):
-    """Histories that the beam search answers in a second, in batches of 256 of like length."""
-    batches = batches_of(pairs, 256, 8)
+    """Histories of like length that the beam search answers in a second."""
+    batches = batches_of(pairs, 256 if device.type == "cpu" else 1024, 8)       # as `recommended`
 
     def search():
         with autocast(device):
