@@ -41,6 +41,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -458,7 +459,7 @@ def text_vectors(texts: list[str], dim: int, seed: int = 42) -> torch.Tensor:
         torch.manual_seed(seed)
         matrix = torch.sparse_coo_tensor(np.stack([row, column]), value / np.maximum(norm[row], 1e-12),
                                          (len(texts), column.max() + 1), dtype=torch.float32)
-        rank = min(dim, *matrix.shape)      # the sketch is a little wider than that, which makes the cut sharp
+        rank = min(dim, *matrix.shape)      # the sketch is a little wider, which makes the cut sharp
         left, scale, _ = torch.svd_lowrank(matrix, q=min(rank + 16, *matrix.shape), niter=4)
     vectors = torch.zeros(len(texts), dim)
     vectors[:, :rank] = left[:, :rank] * scale[:rank]
@@ -705,7 +706,7 @@ class Graphs:
     """
 
     def __init__(self, model: torch.nn.Module, loss_of: Callable, dtype: torch.dtype):
-        gc.collect()            # graphs of a training that has ended lie in cycles, and hold memory until then
+        gc.collect()            # graphs of a training that has ended lie in cycles, and hold their memory
         self.model, self.loss_of, self.dtype = model, loss_of, dtype
         self.device, self.recorded = next(model.parameters()).device, {}
         self.pool = torch.cuda.graph_pool_handle()          # shared: a replay needs nothing of the one before
@@ -728,7 +729,8 @@ class Graphs:
                 losses.append(self.loss_of(*inputs))        # a cached weight would be that of the recording
             return losses[-1]
 
-        with torch.autocast(device, enabled=False):         # in the forward pass alone, as in `fit`
+        with warnings.catch_warnings(), torch.autocast(device, enabled=False):  # only in forward, as in `fit`
+            warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")   # of torch's first run
             replay = torch.cuda.make_graphed_callables(Step(self.model, loss_of), inputs, num_warmup_iters=1,
                                                        allow_unused_input=True, pool=self.pool)
         for loss in losses:     # else each replay would add up the gradients on the stream of the recording

@@ -806,7 +806,7 @@ def fit(model: nn.Module, title: str, loss_of: Callable, batches: Iterator[Tenso
             metrics = validate() if step in checks else {}
             if metrics and metrics["N@10"] > best_score:
                 best, best_score = copy.deepcopy(model.state_dict()), metrics["N@10"]
-            progress.done(step, loss.detach_(), metrics, (best, best_score))    # its graph must not outlive the step
+            progress.done(step, loss.detach_(), metrics, (best, best_score))    # its graph ends with the step
     model.load_state_dict(best or model.state_dict())
 
 

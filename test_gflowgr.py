@@ -1791,8 +1791,9 @@ def loss_and_gradients(loss, model, batch, progress, seed=3):
     model.zero_grad()
     value = loss(*batch, progress)
     value.backward()
-    return [value.detach().clone()] + [torch.zeros_like(weight) if weight.grad is None else weight.grad.clone()
-                                       for weight in model.parameters()]
+    gradients = ((weight, weight.grad) for weight in model.parameters())
+    return [value.detach().clone()] + [torch.zeros_like(weight) if gradient is None else gradient.clone()
+                                       for weight, gradient in gradients]
 
 
 @on_cuda
@@ -1818,8 +1819,8 @@ def test_each_shape_is_recorded_once(monkeypatch, dtype):
     model, seen, kept = torch.nn.Linear(4, 1), [], []
 
     def loss_of(x, y, progress):
-        seen.append((x.shape, model.training, torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled(),
-                     torch.is_tensor(progress)))
+        seen.append((x.shape, model.training, torch.is_autocast_enabled("cpu"),
+                     torch.is_autocast_cache_enabled(), torch.is_tensor(progress)))
         model.eval()                                            # as the losses that compare policies do
         kept.append((model(x) - y).square().mean() * (1 + progress))
         return kept[-1]
@@ -2980,7 +2981,7 @@ def autocast(device):
 
 
 def training(loss, size, catalogue, sasrec, pairs, device):
-    """All that `fit` does for a batch of rows, as a function of the rows; the generator, and its plain loss."""
+    """All that `fit` does for a batch of rows, as a function of the rows; the generator, its plain loss."""
     cfg, dtype = g.Config(loss=loss, **size), datasets.compute_type(device, "auto")
     model = g.generator(cfg, catalogue).to(device)
     tuning = g.FineTuning(model, sasrec, catalogue, cfg)
