@@ -12,7 +12,7 @@ where the probability of each path is its share of all reward:
     python gflowgr.py --loss tb                       a toy world, nothing to download
     python gflowgr.py --loss tb --dataset beauty      Amazon Beauty, all stages
 
-Beauty, LETTER's codes, test R@10, 3 seeds, n = 22,363: SASRec 0.0737, SFT 0.0667, then TB 0.0662 (README).
+Beauty, LETTER's codes, test R@10, 3 seeds, n = 22,363, H200: SASRec 0.0728, SFT 0.0657, then TB 0.0654.
 
 Shapes, everywhere (S, S': tokens and keys of one call):
     B  rows, or histories       T  items in a history      N  items in the catalogue     U  users
