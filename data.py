@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import datetime
@@ -904,6 +905,13 @@ class Run:
         folder, leads = self.folder(stage), processes()[0] == 0
         return of_the_first(read_kept(folder / "checkpoint.pt", self.before(stage)) if leads else None)
 
+    def more_sft(self) -> dict | None:
+        """What is kept of SFT in the method's place, from the same state and for as long; None: nothing."""
+        other = copy.copy(self)
+        other.cfg = dataclasses.replace(self.cfg, loss="sft")
+        other.needs = {**self.needs, "finetune": (*self.needs["sft"], *self.needs["sasrec"], "finetune")}
+        return other.kept("finetune") if self.cfg.loss != "sft" else None
+
     def before(self, stage: str) -> dict[str, str]:
         """What the stages whose settings are all among this one's gave to it, as sums. It differs where one
         of them was lost and has been done again, by other threads or on another device."""
@@ -1304,16 +1312,18 @@ def diversity(recommended: torch.Tensor, r_cs: torch.Tensor, data: Data) -> dict
 
 
 def summary(run: Run, scores: Callable, r_cs: Callable) -> tuple[str, dict]:
-    """The tables of a run that went through all stages, and its results. scores: histories (B, T) -> every
-    item's collaborative score (B, N); r_cs: those -> their collaborative rewards (B, N)."""
+    """The tables of a run that went through all stages, and its results: those of SFT instead of the method
+    among them, where they are kept. scores: histories (B, T) -> every item's collaborative score (B, N);
+    r_cs: those -> their collaborative rewards (B, N)."""
     popular = top(popularity(run.data)[None], 20).expand(run.data.n_users, -1)
     taken = run.data.items[run.data.offsets[1:] - 1]
     test = run.metrics(popular, taken)
     if run.data.liked is not None:
         test["liked"] = liked_unseen(popular, run.data)
-    last = f"{'only' if run.cfg.from_scratch else 'then'} {run.cfg.loss}"
+    how, more = "only" if run.cfg.from_scratch else "then", run.more_sft()
     results = {"popularity": {"test": test, "top": popular, "taken": taken}, "SASRec": run.results["sasrec"],
-               "SFT": run.results["sft"], last: run.results["finetune"]}
+               "SFT": run.results["sft"], **({f"{how} sft": more} if more else {}),
+               f"{how} {run.cfg.loss}": run.results["finetune"]}
     parts = [results_table(run, results) + "\n" + less_sft([results])]
     if run.cfg.diversity:
         parts.append(diversity_table(run, results, scores, r_cs))
@@ -1358,11 +1368,16 @@ def for_each_seed(run_all: Callable, cfg) -> str:
     return f"{spread_table(found)}\n{less_sft(found)}"
 
 
+def in_all(found: list[dict[str, dict]]) -> list[str]:
+    """The labels that the results of all runs have."""
+    return [label for label in found[0] if all(label in results for results in found)]
+
+
 def spread_table(found: list[dict[str, dict]]) -> str:
     """Mean ± standard deviation (n - 1) of each result's test metrics over runs."""
     names = list(found[0]["popularity"]["test"])
     table = [[f"test, n = {len(found)}", *names, "valid R@10", "valid N@10"]]
-    for label in found[0]:
+    for label in in_all(found):
         row = [label]
         for part, name in (*(("test", name) for name in names), ("valid", "R@10"), ("valid", "N@10")):
             values = [results[label].get(part, {}).get(name) for results in found]
@@ -1385,21 +1400,27 @@ def results_table(run: Run, results: dict[str, dict]) -> str:
 
 
 def less_sft(found: list[dict[str, dict]]) -> str:
-    """A line: the last result's test R@10 and N@10 less those of SFT, the result before it, of one run or on
-    average over several, and the standard error of that: the users are the same, so it is smaller than that
-    of each. Where the runs have the same users, too, a user's mean over them counts once."""
-    (_, label), gains, differences = list(found[0])[-2:], 1 / torch.log2(torch.arange(2, 12).double()), []
-    for results in found:
-        taken = results["popularity"]["taken"][:, None]
-        before, after = ((results[name]["top"][:, :10].cpu() == taken).double() for name in ("SFT", label))
-        hit = after - before                                                        # (U, 10)
-        differences.append(torch.stack([hit.sum(1), hit @ gains[:hit.shape[1]]]))   # R@10, N@10
-    same = all(torch.equal(results["popularity"]["taken"], taken[:, 0]) for results in found)
-    per_user = torch.stack(differences).mean(0) if same else torch.cat(differences, 1)      # (2, U)
-    users, error = per_user.shape[1], per_user.std(1, correction=0) / per_user.shape[1] ** 0.5
-    recall, ndcg = (f"{mean:+.4f} ± {of:.4f}" for mean, of in zip(per_user.mean(1), error))
+    """A line for each result before the last one, from SFT on: the last one's test R@10 and N@10 less its, of
+    one run or on average over several, and the standard error of that: the users are the same, so it is
+    smaller than that of each. Where all runs have the same users, a user's mean over them counts once."""
+    lines, gains = [], 1 / torch.log2(torch.arange(2, 12).double())
+    *before, last = in_all(found)[2:]
     runs = f"mean of {len(found)} runs, " if len(found) > 1 else ""
-    return f"the same {users:,} users, {runs}{label} less SFT: R@10 {recall}, N@10 {ndcg} (standard error)"
+    wanted = [results["popularity"]["taken"] for results in found]
+    same = all(torch.equal(taken, wanted[0]) for taken in wanted)
+    for label in before:
+        differences = []
+        for results, taken in zip(found, wanted):
+            old, new = ((results[name]["top"][:, :10].cpu() == taken[:, None]).double()
+                        for name in (label, last))
+            hit = new - old                                                         # (U, 10)
+            differences.append(torch.stack([hit.sum(1), hit @ gains[:hit.shape[1]]]))       # R@10, N@10
+        per_user = torch.stack(differences).mean(0) if same else torch.cat(differences, 1)  # (2, U)
+        users, error = per_user.shape[1], per_user.std(1, correction=0) / per_user.shape[1] ** 0.5
+        recall, ndcg = (f"{mean:+.4f} ± {of:.4f}" for mean, of in zip(per_user.mean(1), error))
+        lines.append(f"the same {users:,} users, {runs}{last} less {label}: R@10 {recall}, N@10 {ndcg} "
+                     "(standard error)")
+    return "\n".join(lines)
 
 
 def diversity_table(run: Run, results: dict[str, dict], scores: Callable, r_cs: Callable) -> str:
@@ -1415,10 +1436,10 @@ def diversity_table(run: Run, results: dict[str, dict], scores: Callable, r_cs: 
 
 
 def case_studies(run: Run, results: dict[str, dict], n: int) -> str:
-    """For n random test users: what they took, what came next, and the top 10 of the last two results side by
-    side. A * marks what only the last one found, => the true next item."""
+    """For n random test users: what they took, what came next, and the top 10 of SFT and of the last result
+    side by side. A * marks what only the last one found, => the true next item."""
     titles = [title or f"item {i}" for i, title in enumerate(run.data.titles)] + ["-"]
-    (left, before), (right, after) = list(results.items())[-2:]
+    (left, before), (right, after) = ("SFT", results["SFT"]), list(results.items())[-1]
     generator, lines = torch.Generator().manual_seed(run.cfg.seed), []
     for user in torch.randperm(run.data.n_users, generator=generator)[:n].tolist():
         sequence = run.data.items[run.data.offsets[user]:run.data.offsets[user + 1]].tolist()
@@ -1450,7 +1471,7 @@ def plot(run: Run, results: dict[str, dict]) -> Path:
     pyplot = importlib.import_module("matplotlib.pyplot")
     pyplot.switch_backend("agg")                    # into a file, without a screen
     figure, (losses, curves, bars) = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    for stage, label in zip(("sasrec", "sft", "finetune"), list(results)[1:]):
+    for stage, label in zip(("sasrec", "sft", "finetune"), ("SASRec", "SFT", list(results)[-1])):
         steps = [entry for entry in noted(run.folder(stage)) if "step" in entry]
         for axes, name in ((losses, "loss"), (curves, "N@10")):
             points = [(entry["seconds"] / 60, entry[name]) for entry in steps if name in entry]

@@ -2049,6 +2049,30 @@ def test_the_difference_from_sft_is_taken_user_by_user(same_users):
     assert datasets.less_sft(runs[:1]).startswith("the same 40 users, then db less SFT: R@10 ")
 
 
+def test_more_sft_stands_beside_a_method_where_it_is_kept(world, capsys):
+    def rows(out):
+        return {row[0] + " " + row[1] if row[0] in ("then", "only") else row[0]: row for row in table(out)}
+
+    assert "then sft" not in rows(run(capsys, "--loss", "tb").out)                  # nothing is kept yet
+    more = run(capsys, "--loss", "sft").out
+    assert list(rows(more)) == ["popularity", "SASRec", "SFT", "then sft"] and "less then sft" not in more
+    out = run(capsys, "--loss", "tb", "--reward", "aug").out
+    assert list(rows(out)) == ["popularity", "SASRec", "SFT", "then sft", "then tb"]
+    assert rows(out)["then sft"] == rows(more)["then sft"]
+    recall = {label: float(row[4] if " " in label else row[3]) for label, row in rows(out).items()}
+    differences = dict(re.findall(r"then tb less (.+?): R@10 (\S+)", out))
+    assert {label: float(found) for label, found in differences.items()} == pytest.approx(
+        {label: recall["then tb"] - recall[label] for label in ("SFT", "then sft")}, abs=2e-4)
+    run(capsys, "--loss", "sft", "--seed", "43")
+    several = run(capsys, "--loss", "tb", "--seeds", "42,43").out.splitlines()[-2:]
+    assert [re.search("mean of 2 runs, then tb less (.+?):", line)[1] for line in several] == ["SFT", "then sft"]
+    assert "less then sft" not in run(capsys, "--loss", "tb", "--seeds", "42,44").out.splitlines()[-1]
+    for other in (["--finetune-epochs", "2"], ["--from-scratch"], ["--seed", "45"], ["--sft-epochs", "2"]):
+        assert "less then sft" not in run(capsys, "--loss", "tb", *other).out
+    assert "only tb less only sft" in run(capsys, "--from-scratch", "--loss", "sft").out \
+        + run(capsys, "--from-scratch", "--loss", "tb").out
+
+
 def test_finetune_seeds_share_one_sft(world, capsys):
     run(capsys, "--from-scratch")
     out = run(capsys, "--from-scratch", "--finetune-seeds", "42,7").out
