@@ -713,8 +713,9 @@ class Graphs:
         self.pool = torch.cuda.graph_pool_handle()          # shared: a replay needs nothing of the one before
 
     def __call__(self, *arguments) -> torch.Tensor:
-        inputs = tuple(x.to(self.device, non_blocking=True) for x in arguments[:-1])
-        inputs += torch.full((), arguments[-1], device=self.device),
+        *batch, progress = arguments
+        inputs = (*(x.to(self.device, non_blocking=True) for x in batch),
+                  torch.full((), progress, device=self.device))
         shapes = tuple(x.shape for x in inputs)
         if shapes not in self.recorded:
             self.recorded[shapes] = self.record(inputs)
@@ -739,12 +740,12 @@ class Graphs:
         return replay
 
 
-def graphed(model: torch.nn.Module, loss_of: Callable, dtype=torch.float32, most: int = 1 << 24) -> Callable:
+def graphed(model: torch.nn.Module, loss_of: Callable, dtype=torch.float32) -> Callable:
     """loss_of itself, or its `Graphs`: on a GPU, where one process trains a model (DistributedDataParallel
-    acts between kernels) of at most `most` weights: each graph holds gradients of its own."""
+    acts between kernels) of at most 2^24 weights: each graph holds gradients of its own."""
     weights = list(model.parameters())
     single = weights[0].device.type == "cuda" and processes()[1] == 1
-    return Graphs(model, loss_of, dtype) if single and sum(map(torch.numel, weights)) <= most else loss_of
+    return Graphs(model, loss_of, dtype) if single and sum(map(torch.numel, weights)) <= 2 ** 24 else loss_of
 
 
 # -------------------------------------------------------------------------------------------- kept results
@@ -840,7 +841,7 @@ class Run:
         by recommend(histories (B, T)); and the items (U,) that they took. Each process scores its share."""
         examples, found, (rank, world) = self.parts[part], [], processes()
         rows = torch.arange(len(examples)) if rows is None else rows
-        chunk = 256 if self.device.type == "cpu" else 1024      # on a CPU what is worked on fits its cache
+        chunk = 256 if self.device.type == "cpu" else 1024      # a GPU takes as long for 256
         order = torch.argsort((examples.end - examples.start)[rows], stable=True)   # alike lengths together
         shared = 1 < world <= len(order)
         mine = order[rank::world] if shared else order
