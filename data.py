@@ -33,8 +33,10 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -108,7 +110,7 @@ def git_blob_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write a file so that it appears whole or not at all, whatever goes wrong on the way."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -133,8 +135,8 @@ class SafeRedirects(urllib.request.HTTPRedirectHandler):
 
 def fetch(url: str, timeout: float = 30.0, most: int = 1 << 28, patience: float = 1800.0) -> bytes:
     """The body behind `url`, with a progress bar, through the proxy that the environment names. Raises
-    OSError or http.client.HTTPException; a body shorter than its announced length counts as IncompleteRead.
-    timeout: seconds of silence; patience: seconds in all; most: bytes, more are cut off."""
+    OSError, http.client.HTTPException, which a body shorter than its announced length is, too, or ValueError
+    where headers make no sense. timeout: seconds of silence; patience: seconds in all; most: bytes."""
     opener = urllib.request.build_opener(SafeRedirects)
     with opener.open(url, timeout=timeout) as response:
         size, chunks, received = int(response.headers.get("Content-Length") or 0), [], 0
@@ -153,7 +155,7 @@ def fetch(url: str, timeout: float = 30.0, most: int = 1 << 28, patience: float 
     return b"".join(chunks)
 
 
-def fetch_patiently(url: str, pauses: tuple[float, ...] = (1.0, 4.0)) -> bytes:
+def fetch_patiently(url: str, pauses: tuple[float, ...]) -> bytes:
     """`fetch`, tried again after each pause when the server fails (5xx) or the connection breaks."""
     for pause in pauses:
         try:
@@ -182,7 +184,7 @@ def download(dataset: str, data_dir: Path, base_url: str = BASE_URL, pauses: tup
         path.parent.mkdir(parents=True, exist_ok=True)      # where nothing can be written, nothing is fetched
         try:
             content = fetch_patiently(url, pauses)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             reason = error.reason if type(error) is urllib.error.URLError else repr(error)
             raise DataError(f"could not fetch {url} ({reason}); put the file by hand at {path}, "
                             "or use --dataset toy, which needs no network") from error
@@ -225,8 +227,13 @@ def read_folder(folder: Path) -> Data:
     titles, texts = read_items(item_path, read_json(item_path))
     sequences = read_sequences(inter_path, read_json(inter_path), len(texts))
     flat, offsets = flatten(sequences)
-    return Data(name, titles, texts, flat, offsets, None,
-                git_blob_id(item_path.read_bytes() + inter_path.read_bytes()))
+    return Data(name, titles, texts, flat, offsets, None, fingerprint(texts, flat, offsets))
+
+
+def fingerprint(texts: list[str], *parts: torch.Tensor) -> str:
+    """A hash of texts and tensors: 40 hex digits."""
+    return git_blob_id(b"".join(part.contiguous().numpy().tobytes() for part in parts)
+                       + "\n".join(texts).encode("utf-8", "surrogatepass"))
 
 
 def shown(value) -> str:
@@ -325,8 +332,8 @@ def toy(seed: int = 42, n_users: int = 2000, n_items: int = 600, n_categories: i
     texts = [f"{title} kind{c} style{c} maker{b} tone{rng.integers(40)}"
              for title, c, b in zip(titles, category, brand)]
     liked = preference >= np.quantile(preference, 0.95, axis=1, keepdims=True)
-    fingerprint = git_blob_id(flat.numpy().tobytes() + "\n".join(texts).encode())
-    return Data("toy", titles, texts, flat, offsets, torch.from_numpy(liked), fingerprint)
+    return Data("toy", titles, texts, flat, offsets, torch.from_numpy(liked),
+                fingerprint(texts, flat, offsets))
 
 
 # --------------------------------------------------------------------------------------------------- split
@@ -487,13 +494,6 @@ def balanced_clusters(points: torch.Tensor, centres: torch.Tensor) -> torch.Tens
     return torch.tensor(cluster, device=points.device)
 
 
-def item_vectors(cfg, data: Data) -> torch.Tensor:
-    """Item vectors (N, d): the file that --item-vectors names, else made from the text."""
-    if cfg.item_vectors:
-        return read_vectors(Path(cfg.item_vectors), data.n_items)
-    return text_vectors(data.texts, cfg.vector_dim, cfg.seed)
-
-
 def read_vectors(path: Path, n_items: int) -> torch.Tensor:
     """A user's own item vectors (N, d) from a .npy file, rows by item id. Raises DataError."""
     if not path.is_file():
@@ -578,7 +578,7 @@ def check_compiler(device: torch.device) -> None:
 
 def processes() -> tuple[int, int]:
     """The rank of this process and how many there are, as torchrun tells each that it starts."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 
 
 class Nowhere(io.StringIO):
@@ -625,8 +625,12 @@ def join(device: torch.device) -> None:
     # Functions in there have the group as a default. Imported after it began, by DistributedDataParallel,
     # they would keep it and its threads alive until Python ends, which now and then aborts.
     importlib.import_module("torch.distributed.nn")
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                            timeout=datetime.timedelta(days=7))     # the first may wait for another run
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(days=7))     # the first may wait for another run
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0][:150]
+        raise DataError(f"the processes did not find each other ({reason}); start them by torchrun") from None
 
 
 def of_the_first(value):
@@ -756,12 +760,13 @@ class Run:
 
     The hash is made of just those settings and inputs that the stage depends on, so a change of one setting
     does only those stages again that it can change. cfg: a dataclass, its fields' metadata name a "group";
-    needs: stage -> groups; fit: the training loop; metrics: item ids (U, W) and targets (U,) -> figures. A
-    folder holds config.json, metrics.jsonl and checkpoint.pt; before that is there, snapshot.pt, from which a
-    training that was cut off goes on.
+    needs: cfg -> {stage: groups}; fit: the training loop; metrics: item ids (U, W) and targets (U,) ->
+    figures; unclicked: how many items that a user has not clicked are drawn for each history. A folder holds
+    config.json, metrics.jsonl and checkpoint.pt; before that is there, snapshot.pt, from which a training
+    that was cut off goes on.
     """
 
-    def __init__(self, cfg, needs: dict[str, tuple[str, ...]], fit: Callable, metrics: Callable):
+    def __init__(self, cfg, needs: Callable, fit: Callable, metrics: Callable, unclicked: int = 0):
         keep_memory()
         self.device = choose_device(cfg.device)
         self.dtype = compute_type(self.device, cfg.precision)
@@ -774,7 +779,7 @@ class Run:
             of_the_first(None)
         self.data = data = load(cfg.dataset, Path(cfg.data_dir), cfg.seed)
         letter = cfg.codes == "letter"
-        self.codes_file = published_codes(cfg.dataset, Path(cfg.data_dir)) if letter else Path(cfg.codes)
+        codes_file = published_codes(cfg.dataset, Path(cfg.data_dir)) if letter else Path(cfg.codes)
         if not rank:
             of_the_first(None)
         self.cfg = cfg = dataclasses.replace(   # two ways to say the same are one, also for the cache
@@ -782,18 +787,22 @@ class Run:
             finetune_seed=-1 if cfg.finetune_seed == cfg.seed else cfg.finetune_seed)
         if data.offsets.diff().max() < 4:
             raise DataError(f"{data.name}: no user has the 4 interactions that a training pair needs")
-        self.check_settings()
-        self.inputs = {}
-        if cfg.codes or cfg.item_vectors:                       # codes make vectors needless
-            name, file = ("codes", self.codes_file) if cfg.codes else ("item_vectors", Path(cfg.item_vectors))
-            self.inputs = {name: git_blob_id(file.read_bytes())}
+        self.check_settings(unclicked)
+        self.inputs = {}                        # read once: what a stage is made of is what its key says
+        if cfg.codes:                           # they make vectors needless
+            self.inputs["codes"] = read_codes(codes_file, data.n_items)
+        elif cfg.item_vectors:
+            self.inputs["item_vectors"] = read_vectors(Path(cfg.item_vectors), data.n_items)
+        self.contents = {"dataset": data.fingerprint,
+                         **{name: fingerprint([], value) for name, value in self.inputs.items()}}
         self.parts = {part: pairs.to(self.device) for part, pairs in split(data, cfg.max_history).items()}
         if cfg.encoder == "causal":
             self.parts["train"] = self.parts["train"].windows(cfg.max_history)
         order = torch.randperm(data.n_users, generator=torch.Generator().manual_seed(cfg.seed))
         self.valid_rows = order[:cfg.valid_users].sort().values
-        self.needs, self.fit, self.metrics, self.results, self.sums = needs, fit, metrics, {}, {}
-        if cfg.fresh and not rank:
+        self.needs_of, self.needs, self.results, self.sums = needs, needs(cfg), {}, {}
+        self.fit, self.metrics = fit, metrics
+        if cfg.fresh and not rank:              # nothing is wrong with the settings
             self.forget()
         print(self.title(), flush=True)
         self.name_unused()
@@ -815,24 +824,24 @@ class Run:
                 f"{f'{world} processes, ' if world > 1 else ''}{self.device}, "
                 f"{cfg.precision}, seed {cfg.seed}{own}")
 
-    def check_settings(self) -> None:
-        """Raises the DataError of bad --codes, --item-vectors, --sasrec-heads, before anything is trained."""
+    def check_settings(self, k: int) -> None:
+        """Raises DataError where settings do not fit each other, or a pool may hold fewer than k items that a
+        user has not clicked."""
         if self.cfg.sasrec_dim % self.cfg.sasrec_heads:
             raise DataError(f"--sasrec-dim {self.cfg.sasrec_dim} is no multiple of --sasrec-heads "
                             f"{self.cfg.sasrec_heads}")
-        if self.cfg.codes:
-            read_codes(self.codes_file, self.data.n_items)
-        elif self.cfg.item_vectors:
-            read_vectors(Path(self.cfg.item_vectors), self.data.n_items)
-
-    def check_unclicked(self, k: int) -> None:
-        """Raises DataError where a pool may hold fewer than k items that a user has not clicked."""
         longest = min(self.cfg.max_history, int(self.data.offsets.diff().max()) - 3)
         unclicked = max(0, min(self.cfg.pool, self.data.n_items) - longest - 1)
         if k > unclicked:
             raise DataError(f"each history needs {k} unclicked items, and only {unclicked} items of a pool "
                             f"of {self.cfg.pool} are surely unclicked; change --k, --negatives, "
                             "--max-history or --pool, or use --sampler none")
+
+    def item_vectors(self) -> torch.Tensor:
+        """Item vectors (N, d): those of --item-vectors, else made from the text."""
+        if self.cfg.item_vectors:
+            return self.inputs["item_vectors"]
+        return text_vectors(self.data.texts, self.cfg.vector_dim, self.cfg.seed)
 
     @torch.no_grad()
     def recommended(self, model: torch.nn.Module, recommend: Callable, part: str,
@@ -887,10 +896,14 @@ class Run:
         return {f.name: getattr(self.cfg, f.name) for f in dataclasses.fields(self.cfg)
                 if f.metadata["group"] in self.needs[stage]}
 
+    def made_from(self, stage: str) -> dict[str, str]:
+        """The hashes of what a stage's settings name: the dataset, and files of codes or item vectors."""
+        settings = self.settings(stage)
+        return {name: of for name, of in self.contents.items() if name in settings}
+
     def folder(self, stage: str) -> Path:
         """Where a stage is kept. Of the files that settings name, the content counts, not the path."""
-        settings = {**self.settings(stage), "dataset": self.data.fingerprint, "format": 7}
-        settings.update((name, blob) for name, blob in self.inputs.items() if name in settings)
+        settings = {**self.settings(stage), **self.made_from(stage), "format": 8}
         key = hashlib.sha1(json.dumps(settings).encode()).hexdigest()[:10]
         label = self.cfg.loss if stage == "finetune" else stage
         return Path(self.cfg.runs_dir) / self.data.name / f"{label}-{key}"
@@ -901,17 +914,18 @@ class Run:
             for name in ("checkpoint.pt", "snapshot.pt", f"{self.data.name}.index.json"):
                 (folder / name).unlink(missing_ok=True)
 
-    def kept(self, stage: str) -> dict | None:
-        """What the first process finds kept of a stage, in all processes; None: it is to be done."""
-        folder, leads = self.folder(stage), processes()[0] == 0
-        return of_the_first(read_kept(folder / "checkpoint.pt", self.before(stage)) if leads else None)
+    def kept(self, stage: str, aside: bool = True) -> dict | None:
+        """What the first process finds kept of a stage, in all processes; None: it is to be done. aside: as
+        in `read_kept`."""
+        path, leads = self.folder(stage) / "checkpoint.pt", processes()[0] == 0
+        return of_the_first(read_kept(path, self.before(stage), aside) if leads else None)
 
     def more_sft(self) -> dict | None:
         """What is kept of SFT in the method's place, from the same state and for as long; None: nothing."""
         other = copy.copy(self)
         other.cfg = dataclasses.replace(self.cfg, loss="sft")
-        other.needs = {**self.needs, "finetune": (*self.needs["sft"], *self.needs["sasrec"], "finetune")}
-        return other.kept("finetune") if self.cfg.loss != "sft" else None
+        other.needs = self.needs_of(other.cfg)
+        return other.kept("finetune", aside=False) if self.cfg.loss != "sft" else None
 
     def before(self, stage: str) -> dict[str, str]:
         """What the stages whose settings are all among this one's gave to it, as sums. It differs where one
@@ -922,14 +936,14 @@ class Run:
 
     def stage(self, stage: str, build: Callable[[Journal], dict]) -> dict:
         """The result of build(journal), seeded and timed, or what an earlier run kept of it."""
-        folder, result, origin = self.folder(stage), self.kept(stage), "kept from before"
-        if result is None:
-            with alone(folder):
-                result = self.kept(stage)           # another run may have done it, while this one waited
-                if result is None:
-                    torch.manual_seed(self.seed(stage))
-                    journal = Journal(folder, self.cfg.save_every, self.afterwards(stage), self.before(stage))
-                    result, origin = of_the_first(keep(journal, self.settings(stage), build)), "now kept"
+        folder, origin = self.folder(stage), "kept from before"
+        with alone(folder):                     # another run may be at it: then wait for what it keeps
+            result = self.kept(stage)
+            if result is None:
+                torch.manual_seed(self.seed(stage))
+                journal = Journal(folder, self.cfg.save_every, self.afterwards(stage), self.before(stage))
+                config = {**self.settings(stage), "made_from": self.made_from(stage)}
+                result, origin = of_the_first(keep(journal, config, build)), "now kept"
         self.results[stage], self.sums[stage] = result, checksum(result)
         print(f"{stage:<10}{result['seconds']:7.1f} s, {origin} in {folder}", flush=True)
         return result
@@ -946,8 +960,7 @@ class Run:
         if self.cfg.compile:
             torch._dynamo.config.cache_size_limit = 64      # of shapes and modes: all blocks share one code
             torch._dynamo.config.optimize_ddp = False       # which would cut them up; they are small
-        for stack in stacks if self.cfg.compile else ():
-            for block in getattr(model, stack):
+            for block in itertools.chain.from_iterable(getattr(model, stack) for stack in stacks):
                 block.compile(dynamic=True)
         return model
 
@@ -971,16 +984,17 @@ def alone(folder: Path) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    with contextlib.ExitStack() as held:
         for attempt in itertools.count():
             try:
+                lock = lock if attempt else held.enter_context(open(folder / ".lock", "w"))
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if attempt == 0:
                     print(f"another run is at work in {folder}: waiting for its result", flush=True)
                 time.sleep(0.2)
-            except OSError:             # a file system without locks
+            except OSError:             # a folder that can only be read, or a file system without locks
                 break
         yield
 
@@ -1064,7 +1078,7 @@ def write_checkpoint(path: Path, content: dict) -> None:
     """Write tensors and plain values, and the name of the folder that they belong to."""
     buffer = io.BytesIO()
     torch.save({**content, "of": f"{path.parent.name}/{path.name}"}, buffer)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, buffer.getbuffer())
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -1087,9 +1101,9 @@ def checksum(result: dict) -> str:
     return hashlib.sha1(b"".join(part.contiguous().numpy().tobytes() for part in parts)).hexdigest()
 
 
-def read_kept(path: Path, before: dict[str, str] | None = None) -> dict | None:
+def read_kept(path: Path, before: dict[str, str] | None = None, aside: bool = True) -> dict | None:
     """What `write_checkpoint` wrote for this very file, made from what has the sums `before`. None where
-    there is none, and where it is damaged or another's: then it is set aside, and that is said."""
+    there is none, and where it is damaged or of another: if `aside`, it is then set aside, which is said."""
     if not path.exists():
         return None
     result, fault, end = read_checkpoint(path), "is damaged or not of this program", "damaged"
@@ -1097,25 +1111,34 @@ def read_kept(path: Path, before: dict[str, str] | None = None) -> dict | None:
         if before is None or result.get("before", before) == before:
             return result
         fault, end = "was made from other codes or models than those that are kept now", "outdated"
-    aside = path.with_name(f"{path.name}.{end}")
-    os.replace(path, aside)
-    print(f"warning: {path} {fault}; it is now {aside.name}, and what it held is done again", file=sys.stderr)
+    if aside:
+        os.replace(path, path.with_name(f"{path.name}.{end}"))
+        print(f"warning: {path} {fault}; it is now {path.name}.{end}, and what it held is done again",
+              file=sys.stderr)
     return None
+
+
+def read_config(folder: Path) -> dict:
+    """The settings that a stage's folder tells of. Raises DataError."""
+    config = read_json(folder / "config.json")
+    return {"encoder": "full", **config} if "d_model" in config else config     # of before there was another
 
 
 def read_generator(folder: Path, settings: type, history: list[int], k: int) -> tuple:
     """A finished generator of a run's folder: its settings, what was kept of it, and the history as a list.
     Raises DataError, too where k items after a history are more than its catalogue can answer."""
     folder, history = Path(folder), history.tolist() if hasattr(history, "tolist") else history     # an array
-    path = folder / "checkpoint.pt"
-    result = read_checkpoint(path)
+    result = read_checkpoint(folder / "checkpoint.pt")
     if not {"codes", "state"} <= result.keys():
         raise DataError(f"{folder} holds no finished generator, or a damaged one; name a folder as "
                         "runs/Beauty/tb-0123456789")
-    n_items, config = len(result["codes"]), read_json(folder / "config.json")
+    n_items, config = len(result["codes"]), read_config(folder)
+    try:
+        history, k = list(map(operator.index, history)), operator.index(k)
+    except TypeError:
+        history = []
     if not history or not set(history) <= set(range(n_items)) or not 1 <= k <= n_items:
         raise DataError(f"a history needs item ids of 0 to {n_items - 1}, and k must be 1 to {n_items}")
-    config.setdefault("encoder", "full")            # of a folder from before there was another
     names = {f.name for f in dataclasses.fields(settings)}
     return settings(**{name: value for name, value in config.items() if name in names}), result, history
 
@@ -1182,7 +1205,8 @@ class Progress(contextlib.ExitStack):
             raise Stopped(number)
         self.signals.append(number)
         if not quiet():
-            print("\nstopping after this step (again: at once)", file=sys.stderr)
+            with contextlib.suppress(RuntimeError):     # it came while something else was being printed
+                print("\nstopping after this step (again: at once)", file=sys.stderr)
 
     def resume(self) -> tuple[int, dict | None, float]:
         """The step after which the training goes on, the best state so far and its score. From a snapshot all
@@ -1343,12 +1367,12 @@ def several_seeds(cfg) -> tuple[str, list[int]]:
         raise DataError("--fresh would do the shared SFT again for each of --finetune-seeds; leave it "
                         "out, or name another --runs-dir")
     seeds, name = cfg.seeds or cfg.finetune_seeds, "seed" if cfg.seeds else "finetune_seed"
+    flag = f"--{name.replace('_', '-')}s {seeds}"
     if not re.fullmatch(r"\d{1,9}(,\d{1,9})+", seeds):
-        raise DataError(f"--{name.replace('_', '-')}s {seeds} is not a list of two or more whole "
-                        "numbers, as 42,43,44")
+        raise DataError(f"{flag} is not a list of two or more whole numbers, as 42,43,44")
     values = list(map(int, seeds.split(",")))
     if len(set(values)) < len(values):
-        raise DataError(f"--{name.replace('_', '-')}s {seeds} names a seed twice; each must be another")
+        raise DataError(f"{flag} names a seed twice; each must be another")
     return name, values
 
 
@@ -1363,8 +1387,8 @@ def for_each_seed(run_all: Callable, cfg) -> str:
             return run_all(cfg)[0]
         found, (name, seeds) = [], several_seeds(cfg)
         for seed in seeds:
-            tables, results = run_all(dataclasses.replace(cfg, **{name: seed}))
-            print(f"{tables}\n", flush=True)
+            text, results = run_all(dataclasses.replace(cfg, **{name: seed}))
+            print(f"{text}\n", flush=True)
             found.append(results)
     return f"{spread_table(found)}\n{less_sft(found)}"
 
@@ -1391,8 +1415,9 @@ def results_table(run: Run, results: dict[str, dict]) -> str:
     """The test metrics of each result side by side, the paper's R@10 where there is one, and the time."""
     names = list(results["popularity"]["test"])
     table = [["test", *names, "valid R@10", "valid N@10", "paper R@10", "seconds"]]
+    papers = {} if run.cfg.codes else PAPER_R10             # the paper's are by codes of its own
     for label, result in results.items():
-        paper = PAPER_R10.get((run.data.name, run.cfg.backbone, label.removeprefix("then ")))
+        paper = papers.get((run.data.name, run.cfg.backbone, label.removeprefix("then ")))
         valid = result.get("valid", {})
         values = [*(result["test"].get(name) for name in names), valid.get("R@10"), valid.get("N@10"), paper]
         table.append([label, *("" if value is None else f"{value:.4f}" for value in values),
@@ -1406,7 +1431,6 @@ def less_sft(found: list[dict[str, dict]]) -> str:
     smaller than that of each. Where all runs have the same users, a user's mean over them counts once."""
     lines, gains = [], 1 / torch.log2(torch.arange(2, 12).double())
     *before, last = in_all(found)[2:]
-    runs = f"mean of {len(found)} runs, " if len(found) > 1 else ""
     wanted = [results["popularity"]["taken"] for results in found]
     same = all(torch.equal(taken, wanted[0]) for taken in wanted)
     for label in before:
@@ -1417,17 +1441,19 @@ def less_sft(found: list[dict[str, dict]]) -> str:
             hit = new - old                                                         # (U, 10)
             differences.append(torch.stack([hit.sum(1), hit @ gains[:hit.shape[1]]]))       # R@10, N@10
         per_user = torch.stack(differences).mean(0) if same else torch.cat(differences, 1)  # (2, U)
-        users, error = per_user.shape[1], per_user.std(1, correction=0) / per_user.shape[1] ** 0.5
+        users, error = per_user.shape[1], per_user.std(1) / per_user.shape[1] ** 0.5
         recall, ndcg = (f"{mean:+.4f} ± {of:.4f}" for mean, of in zip(per_user.mean(1), error))
-        lines.append(f"the same {users:,} users, {runs}{last} less {label}: R@10 {recall}, N@10 {ndcg} "
+        whose = f"the same {users:,} users" if same else f"{users:,} users of {len(found)} runs"
+        mean_of = f", mean of {len(found)} runs" if same and len(found) > 1 else ""
+        lines.append(f"{whose}{mean_of}, {last} less {label}: R@10 {recall}, N@10 {ndcg} "
                      "(standard error)")
     return "\n".join(lines)
 
 
 def diversity_table(run: Run, results: dict[str, dict], scores: Callable, r_cs: Callable) -> str:
     """`diversity` of each result's lists of the test users; scores, r_cs: as in `summary`."""
-    lists = [result["top"][:, :10].long() for result in results.values()]
-    together, examples = torch.cat(lists, 1).clamp(max=run.data.n_items - 1).to(run.device), run.parts["test"]
+    lists = [result["top"][:, :min(10, run.data.n_items)].long() for result in results.values()]
+    together, examples = torch.cat(lists, 1).to(run.device), run.parts["test"]
     found = torch.cat([r_cs(scores(examples.batch(rows)[0])).gather(1, together[rows]).cpu()
                        for rows in torch.arange(len(examples)).split(256)])
     figures = [diversity(items, part, run.data)
@@ -1499,54 +1525,60 @@ class Finished(NamedTuple):
     config: dict        # the settings that it depends on
     common: dict        # those of them that are not the default and no ablation
     variant: dict       # those that are an ablation
-    test: dict          # its metrics on the test users
+    test: dict          # its metrics on the test users: R@5, R@10, N@5, N@10
+    made_from: dict     # hashes of its data, and of files of codes or vectors
 
 
 VARIANTS = [{}, *({"reward": parts} for parts in ("aug", "cf", "sim", "aug,cf", "aug,sim", "cf,sim")),
             {"sampler": "random"}, {"sampler": "none"}, {"confidence": False}]      # of the paper's Table 2
+ABLATED = ("reward", "sampler", "confidence", "k", "lam", "z")          # settings that rows of it differ in
 
 
 def finished(runs: Path, settings: type) -> list[Finished]:
     """All trained models that are kept under `runs`, in the order of their folders' names."""
-    models, ablated = [], ("reward", "sampler", "confidence", "k", "lam", "z")
+    models = []
     for path in sorted(runs.glob("*/*/checkpoint.pt")):
         try:
             last = noted(path.parent)[-1:]
             if not last or "test" not in last[0]:
                 continue
-            config, test = read_json(path.with_name("config.json")), last[0]["test"]
+            config = read_config(path.parent)
+            test = {name: float(last[0]["test"][name]) for name in ("R@5", "R@10", "N@5", "N@10")}
             default = {f.name: f.default for f in dataclasses.fields(settings)}
             default.update(PRESETS.get(config["dataset"], {}))
             changed = {name: value for name, value in config.items() if value != default.get(name)
-                       and name not in ("dataset", "seed", "finetune_seed", "loss", "backbone", "precision")}
+                       and name not in ("dataset", "seed", "finetune_seed", "loss", "backbone", "precision",
+                                        "made_from")}
             label = config.get("loss") or {"sasrec": "SASRec", "sft": "SFT"}[path.parent.name.split("-")[0]]
-            float(test["R@10"])
+            ablated = ABLATED if label in ("db", "tb") else ()          # Table 2 has no others
         except (DataError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
             print(f"warning: {path.parent} is left out: its notes are damaged ({error!r})", file=sys.stderr)
             continue
         models.append(Finished(path.parts[-3], label, config,
                                {name: value for name, value in changed.items() if name not in ablated},
                                {name: value for name, value in changed.items() if name in ablated},
-                               test))
+                               test, config.get("made_from", {})))
     return models
 
 
 def flags(changed: dict) -> str:
     """Settings as they are typed."""
     return " ".join(f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
-                    + ("" if isinstance(value, bool) else f" {value}") for name, value in changed.items())
+                    + ("" if isinstance(value, bool) else f" {shlex.quote(str(value))}")
+                    for name, value in changed.items())
 
 
 def cells(models: list[Finished], names: tuple[str, ...], paper: float | None = None) -> list[str]:
-    """Mean and standard deviation of metrics over models that differ in their seed, the paper's R@10 in
-    brackets, and how many they are."""
-    texts = []
+    """Mean and standard deviation of metrics over seeds, the paper's R@10 in brackets, and how many seeds
+    there are. Models of one seed (of two precisions, or seeds of the fine-tuning) count as their mean."""
+    seeds, texts = {model.config["seed"] for model in models}, []
     for name in names:
-        values = [model.test[name] for model in models]
+        values = [np.mean([model.test[name] for model in models if model.config["seed"] == seed])
+                  for seed in sorted(seeds)]
         spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
         texts.append((f"{np.mean(values):.4f}{spread}" if values else "")
                      + (f" [{paper:.4f}]" if paper and name == "R@10" else ""))
-    return [*texts, str(len(models) or "")]
+    return [*texts, str(len(seeds) or "")]
 
 
 def markdown(table: list[list[str]]) -> list[str]:
@@ -1554,8 +1586,9 @@ def markdown(table: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in [table[0], ["---"] * len(table[0]), *table[1:]]] + [""]
 
 
-def tables(dataset: str, models: list[Finished], losses: tuple[str, ...]) -> list[str]:
-    """Lines of the paper's two tables, from models that differ in backbone, method, ablation and seed."""
+def papers_tables(models: list[Finished], losses: tuple[str, ...], figures: dict) -> list[str]:
+    """Lines of the paper's two tables, from models that differ in backbone, method, ablation and seed;
+    figures: the paper's R@10 by dataset, backbone and method."""
     def find(backbone: str, label: str, variant: dict) -> list[Finished]:
         return [model for model in models if (model.label, model.variant) == (label, variant)
                 and model.config.get("backbone", backbone) == backbone]
@@ -1563,7 +1596,7 @@ def tables(dataset: str, models: list[Finished], losses: tuple[str, ...]) -> lis
     names, backbones = ("R@5", "R@10", "N@5", "N@10"), ("tiger", "letter")
     first = [["--backbone", "--loss", *names, "n"], ["", "SASRec", *cells(find("", "SASRec", {}), names)]]
     first += [[backbone, label, *cells(find(backbone, label, {}), names,
-                                       PAPER_R10.get((dataset, backbone, label)))]
+                                       figures.get((models[0].dataset, backbone, label)))]
               for backbone in backbones for label in ("SFT", *losses)]
     columns = [(backbone, loss) for backbone in backbones for loss in ("db", "tb")]
     second = [["ablation", *(head for column in columns
@@ -1583,15 +1616,17 @@ def report(runs: Path, settings: type) -> str:
     if not models:
         raise DataError(f"{runs} holds no finished training; train first, or name another --runs-dir")
     losses = next(f.metadata["choices"] for f in dataclasses.fields(settings) if f.name == "loss")
-    shown = []
+    done = []
     for model in sorted(models, key=lambda model: model.label in ("SASRec", "SFT")):   # stand with the others
-        if model in shown or model.label == "SASRec":
+        if model in done or model.label == "SASRec":
             continue
-        members = [other for other in models if other.dataset == model.dataset and other.common == {
-            name: value for name, value in model.common.items() if name in other.config}]
-        command = f"python gflowgr.py --dataset {model.config['dataset']} {flags(model.common)}".strip()
-        lines += [f"## {model.dataset}: `{command} ..`", "", *tables(model.dataset, members, losses)]
-        shown += members
+        members = [other for other in models if other.dataset == model.dataset and all(
+            of_other == {name: value for name, value in own.items() if name in other.config}
+            for of_other, own in ((other.common, model.common), (other.made_from, model.made_from)))]
+        command = f"python gflowgr.py {flags({'dataset': model.config['dataset'], **model.common})}"
+        lines += [f"## {model.dataset}: `{command} ..`", "", *papers_tables(
+            members, losses, {} if "codes" in model.common else PAPER_R10)]
+        done += members
     return "\n".join(lines).rstrip()
 
 
@@ -1607,9 +1642,9 @@ def knob(default, group: str, text: str, choices: tuple = (), low: float | None 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The settings that this file reads: the data, how a training is watched, where results go."""
+    """Settings of the data, of how a training is watched, and of where results go."""
     dataset: str = knob("toy", "data", "toy, beauty, yelp, instruments, or a folder of your own")
-    seed: int = knob(42, "data", "fixes every random choice: on a CPU two runs print the same table", low=0)
+    seed: int = knob(42, "data", "fixes all random choices, on a CPU with as many threads all digits", low=0)
     finetune_seed: int = knob(-1, "finetune", "seed of the fine-tuning alone; -1: the same as --seed", low=-1)
     item_vectors: str = knob("", "vectors", "a .npy file of your own item vectors, not TF-IDF + SVD")
     vector_dim: int = knob(128, "vectors", "dimensions of the TF-IDF + SVD item vectors [ours]")
@@ -1620,14 +1655,14 @@ class RunSettings:
     finetune_seeds: str = knob("", "run", "the same, of the fine-tuning alone: all from the SFT of --seed")
     data_dir: str = knob("data", "run", "where the datasets lie")
     runs_dir: str = knob("runs", "run", "where every stage's result is kept")
-    device: str = knob("auto", "run", "auto (CUDA where there is one), cpu or cuda")
+    device: str = knob("auto", "run", "auto (CUDA where there is one), cpu, cuda or cuda:N")
     compile: bool = knob(False, "run", "compile the generator's blocks by torch.compile; slower on a CPU")
     save_every: float = knob(180.0, "run", "seconds between two snapshots of a training's whole state")
     fresh: bool = knob(False, "run", "start over: do all stages again, whatever is kept of them")
     diversity: bool = knob(False, "run", "also print how varied each top 10 is (Section 4.5)")
     show: int = knob(0, "run", "also print the history and the top 10 of this many test users", low=0)
     plot: bool = knob(False, "run", "also draw learning curves and R@10 beside the run; needs matplotlib")
-    report: bool = knob(False, "run", "only print the paper's Tables 1 and 2 from what lies in runs/")
+    report: bool = knob(False, "run", "only print the paper's Tables 1 and 2, from what lies in --runs-dir")
     quiet: bool = knob(False, "run", "print nothing but the final tables")
 
 
@@ -1648,11 +1683,12 @@ def command_line(settings: type, argv: list[str] | None, prog: str, about: str):
     fields = {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(settings)}
     parser = Parser(prog=prog, usage=f"python {prog} [--SETTING VALUE ...]", description=about,
                     allow_abbrev=False)
-    groups = {f.metadata["group"]: None for f in fields.values()}
-    groups = {name: parser.add_argument_group(name) for name in groups}
+    names = dict.fromkeys(f.metadata["group"] for f in fields.values())
+    groups = {name: parser.add_argument_group(name) for name in names}
     for flag, f in fields.items():
         others = "".join(f", {name}: {other[f.name]}" for name, other in PRESETS.items() if f.name in other)
-        text = f"{f.metadata['help']} (default: {f.default}{others})".replace("%", "%%")
+        default = "none" if f.default == "" else f.default
+        text = f"{f.metadata['help']} (default: {default}{others})".replace("%", "%%")
         kind = {"type": type(f.default), "choices": f.metadata["choices"] or None,
                 "metavar": "|".join(f.metadata["choices"]) or "VALUE"}
         groups[f.metadata["group"]].add_argument(flag, default=f.default, help=text, **(
@@ -1681,6 +1717,14 @@ def explain(error: Exception) -> str:
     raise error  # a bug of this program: the traceback helps to find it
 
 
+def drop_unwritten(stream) -> None:
+    """Forget what a stream cannot write, as to a full disk: Python would try again, and fail, at its end."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def guarded(command: Callable[[], str]) -> int:
     """Run a command, print what it returns or one sentence of what went wrong; returns the exit code: 0, 1
     for bad input, 130 for Ctrl-C, 143 for SIGTERM. Of several processes the first alone speaks; a fault of
@@ -1691,13 +1735,14 @@ def guarded(command: Callable[[], str]) -> int:
             stream.reconfigure(errors="replace")
     try:
         with on_signals(stop), contextlib.redirect_stdout(sys.stdout if leads else Nowhere()):
-            print(command())
+            print(command(), flush=True)
         together = True
         return 0
     except (DataError, OSError, MemoryError, RuntimeError) as error:
         cut_off = re.search("gloo|NCCL|Connection", str(error))             # from a process that ended first
         if leads or not (cut_off or isinstance(error, DataError)):
             print(explain(error), file=sys.stderr)
+        drop_unwritten(sys.stdout)
         return 1
     except KeyboardInterrupt as stopped:
         together = isinstance(stopped, Stopped)
@@ -1727,7 +1772,8 @@ def describe(data: Data) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """`python data.py NAME`: bring and check a dataset, print its figures. Returns the exit code."""
-    parser = Parser(prog="data.py", allow_abbrev=False, description=main.__doc__)
+    parser = Parser(prog="data.py", allow_abbrev=False,
+                    description="Bring and check a dataset, and print its figures.")
     parser.add_argument("dataset", help=f"toy, {', '.join(DATASETS)}, or the path of a folder of your own")
     parser.add_argument("--data-dir", type=Path, default="data", help="where NAME/ lies (default: data)")
     args = parser.parse_args(argv)

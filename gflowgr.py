@@ -18,7 +18,7 @@ Shapes, everywhere (S, S': tokens and keys of one call):
     B  rows, or histories       T  items in a history      N  items in the catalogue     U  users
     P  paths per history: 1 observed + K augmented         L  codes per item             C  codes per level
     W  beams                    d  width of a vector       H  attention heads            M  memory's tokens
-    Q  histories read from one row: the whole of it, or beginnings (what is per history has B * Q for B)
+    Q  histories of one row, which is cut at Q places, else 1 (what is per history has B * Q for B)
 The id N pads short histories. A trajectory y = (y_1 .. y_L) walks s_0 -> s_1 -> .. -> s_L down a tree: every
 state has one parent, so log P_B = 0, and P_F(s_l | s_{l-1}) is the generator's p(y_l | x, y_<l).
 """
@@ -42,7 +42,7 @@ from data import DataError, Journal, Run, knob
 
 @dataclasses.dataclass(frozen=True)
 class Config(datasets.RunSettings):
-    """Every setting but data.py's. [paper]: as the paper, TIGER or LETTER has it; [ours]: our choice."""
+    """What flags set, beside data.py's. [paper]: as the paper, TIGER or LETTER has it; [ours]: our choice."""
     backbone: str = knob("tiger", "backbone", "TIGER's RQ-VAE, or LETTER's", ("tiger", "letter"))
     codes: str = knob("", "backbone", "ready codes: a NAME.index.json; letter: those that LETTER published")
     levels: int = knob(3, "codes", "codebooks; one more code tells twins apart [paper]", below=26)
@@ -59,7 +59,7 @@ class Config(datasets.RunSettings):
     sasrec_layers: int = knob(2, "sasrec", "layers of SASRec [ours]")
     sasrec_heads: int = knob(2, "sasrec", "attention heads of SASRec [ours]")
     sasrec_dropout: float = knob(0.4, "sasrec", "dropout of SASRec [ours]", below=1)
-    sasrec_length: int = knob(50, "sasrec", "items of a window of a sequence in SASRec's training [ours]")
+    sasrec_length: int = knob(50, "sasrec", "items of a window in SASRec's training, or max_history [ours]")
     sasrec_batch: int = knob(768, "sasrec", "targets in a SASRec batch, at most [ours]")
     sasrec_lr: float = knob(1e-3, "sasrec", "peak learning rate of SASRec [ours]")
     sasrec_pool: int = knob(50_000, "sasrec", "items a step ranks; of a larger catalogue, a sample [ours]")
@@ -70,7 +70,7 @@ class Config(datasets.RunSettings):
     d_ff: int = knob(512, "sft", "width of the feed-forward layers; TIGER has 1024 [ours]")
     layers: int = knob(3, "sft", "layers of the encoder, and of the decoder; TIGER has 4 [ours]")
     dropout: float = knob(0.1, "sft", "dropout of the generator [paper]", below=1)
-    beam: int = knob(20, "sft", "beams of the constrained search, W [paper]")
+    beam: int = knob(20, "sft", "beams of the constrained search, W; R@20 needs 20 [paper]", low=20)
     encoder: str = knob("causal", "sft", "items see those before [ours], or all [paper]", ("causal", "full"))
     batch: int = knob(256, "sft", "targets in a batch, at most [ours]")
     lr: float = knob(0.02, "sft", "peak rate of AdamW, relative to a weight's size [ours]")
@@ -78,7 +78,7 @@ class Config(datasets.RunSettings):
     loss: str = knob("tb", "finetune", "fine-tuning method; sft goes on with SFT",
                      ("sft", "db", "tb", "dpo", "sdpo", "sprec", "ipa", "ppo", "grpo", "smooth", "exact"))
     from_scratch: bool = knob(False, "finetune", "fine-tune an untrained generator, for both trainings' time")
-    finetune_epochs: float = knob(3.0, "finetune", "length, in passes of SFT; costly steps are fewer [ours]")
+    finetune_epochs: float = knob(3.0, "finetune", "length, in time of so many SFT passes [ours]", low=1e-3)
     finetune_lr: float = knob(0.003, "finetune", "peak rate of AdamW in the fine-tuning [ours]")
     lam: float = knob(0.01, "lambda", "lambda of Eq. 7, weight of what tb, db and ipa add [ours]")
     share: float = knob(0.125, "share", "of targets, in losses of more paths [ours]", low=1e-3, below=1.001)
@@ -93,10 +93,10 @@ class Config(datasets.RunSettings):
     confidence: bool = knob(True, "gflownet", "weight each trajectory by Eq. 8 [paper]")
     z: str = knob("user", "gflownet", "one Z for each user [ours], or a scalar [paper]", ("user", "scalar"))
     smoothing: float = knob(0.1, "smoothing", "share of SFT's target that smooth and exact spread", below=1)
-    beta: float = knob(1.0, "preference", "beta of dpo, sdpo and ipa [paper]")
-    negatives: int = knob(3, "preference", "random negatives of sdpo [paper]")
-    sprec_beta: float = knob(0.1, "preference", "beta of sprec [paper]")
-    iterations: int = knob(5, "preference", "self-play iterations of sprec [paper]")
+    beta: float = knob(1.0, "beta", "beta of dpo, sdpo and ipa [paper]")
+    negatives: int = knob(3, "negatives", "random negatives of sdpo [paper]")
+    sprec_beta: float = knob(0.1, "sprec", "beta of sprec [paper]")
+    iterations: int = knob(5, "sprec", "self-play iterations of sprec [paper]")
     group: int = knob(16, "policy", "draws from the policy for each history, of ppo and grpo [paper]", low=2)
     clip: float = knob(0.2, "policy", "how far the ratio of ppo and grpo may leave 1 [paper]")
     kl: float = knob(1e-3, "policy", "weight of the KL to the reference in ppo and grpo [paper]")
@@ -232,8 +232,8 @@ class SASRec(nn.Module):
         return self.norm(x)
 
     def scores(self, history: Tensor, ends: Tensor | None = None) -> Tensor:
-        """History (B, T) -> each item's score as the next one (B, N), float32: in bf16 the best would tie; or
-        (B * Q, N), for the Q histories of a row that end at the places `ends` (Q,)."""
+        """History (B, T), none empty -> each item's score as the next one (B, N), float32: in bf16 the best
+        would tie; or (B * Q, N), for the Q histories of a row that end at the places `ends` (Q,)."""
         rows = torch.arange(len(history), device=history.device)[:, None]
         last = (history != self.item.padding_idx).sum(1, keepdim=True) - 1
         state = self(history)[rows, last if ends is None else ends].flatten(0, 1).float()
@@ -310,7 +310,7 @@ class Attention(nn.Module):
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, S, d) -> keys and values, (B, H, S, d_kv) each."""
-        return tuple(self.split(half) for half in self.kv(x).chunk(2, -1))
+        return self.kv(x).unflatten(-1, (2 * self.heads, -1)).transpose(1, 2).chunk(2, 1)
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
         """Queries from x (B, S, d) over S' keys; bias (.., S, S') is added to the logits -> (B, S, d)."""
@@ -410,29 +410,29 @@ class T5(nn.Module):
     def decode(self, tokens: Tensor, memory: Memory, past=None, depth=None, apart=False) -> tuple:
         """Tokens (B, Q * P, S), from 0 on, of P paths for each of a row's Q histories in turn -> states
         (B, Q * P, S, d), cache. State l is s_l: it has read y_1 .. y_l, predicts y_{l+1}. After `past`, the
-        cache of earlier steps, S counts new ones. Of a tree: depth (S,), who may not see whom (S, S)."""
+        cache of earlier steps, S counts new ones. Of a tree: depth (S,); apart (S, S): no attention there."""
         steps, cache = tokens.shape[2], []
         if depth is None:
             depth = torch.arange(steps + (past[0][0].shape[2] if past else 0), device=tokens.device)
         x, distance = self.embed(tokens).flatten(0, 1), depth - depth[-steps:, None]    # (BQP, S, d), (S, S')
         bias = self.decoder_bias(relative_buckets(distance, False)).permute(2, 0, 1)
         bias = bias.masked_fill((distance > 0) | apart, -torch.inf).to(x.dtype)
-        seen = memory.bias.repeat_interleave(tokens[0].numel() // memory.bias.shape[2], 2)  # (B, 1, QPS, M)
+        mask = memory.bias.repeat_interleave(tokens[0].numel() // memory.bias.shape[2], 2)  # (B, 1, QPS, M)
         for i, block in enumerate(self.decoder):
-            x, present = block(x, bias, (*memory.layers[i], seen), past[i] if past else None)
+            x, present = block(x, bias, (*memory.layers[i], mask), past[i] if past else None)
             cache.append(present)
         return self.dropout(self.decoder_norm(x)).view(*tokens.shape, -1), cache
 
     def decode_paths(self, tokens: Tensor, memory: Memory) -> Tensor:
         """`decode` of P paths a history, (B * Q, P, S) -> (B * Q, P, S, d), as a tree: s_0 is done once."""
-        (batch, paths, steps), device = tokens.shape, tokens.device
+        (_, paths, steps), device = tokens.shape, tokens.device
         depth = F.pad(torch.arange(1, steps, device=device).repeat(paths), (1, 0))
         path = F.pad(torch.arange(paths, device=device).repeat_interleave(steps - 1), (1, 0), value=-1)
         apart = (path != path[:, None]) & (path >= 0)       # [who, whom]: another path; all may see s_0
         tree = torch.cat([tokens[:, 0, :1], tokens[..., 1:].flatten(1)], 1)
         tree = tree.view(len(memory.bias), -1, tree.shape[1])                     # (B, Q, 1 + P * (S - 1))
         state = self.decode(tree, memory, None, depth, apart)[0].flatten(0, 1)[:, None]
-        after = state[:, 0, 1:].reshape(batch, paths, steps - 1, state.shape[-1])
+        after = state[:, 0, 1:].unflatten(1, (paths, steps - 1))
         return torch.cat([state[..., :1, :].expand(-1, paths, -1, -1), after], 2)
 
     def code_logits(self, state: Tensor, level: int) -> Tensor:
@@ -454,10 +454,10 @@ class Trie:
         path, code, first, n_children, self.width = [node], [node[:1]], [], [], []
         for column in codes.T:
             key, local = torch.unique((node - start) * base + column, return_inverse=True)   # (parent, code)
-            n_children.append(torch.bincount(key // base, minlength=count))
-            first.append(start + count + n_children[-1].cumsum(0) - n_children[-1])
             code.append(key % base)
-            self.width.append(int(n_children[-1].max()))         # most children of any node of this level
+            n_children.append(children := torch.bincount(key // base, minlength=count))
+            first.append(start + count + children.cumsum(0) - children)
+            self.width.append(int(children.max()))              # most children of any node of this level
             start, count = start + count, len(key)
             node = start + local                                # each item's node, one level down
             path.append(node)
@@ -470,7 +470,7 @@ class Trie:
     def log_probs(self, logits: Tensor, node: Tensor, level: int) -> tuple[Tensor, Tensor]:
         """Logits (.., C) at nodes (..) of a level -> children (.., width[level]) and the log-probability of
         each, -inf where a node has fewer. [ours]: normalised over the codes that lead to an item, so the
-        probabilities of all items sum to one, and TB has its optimum at p(y | x) = R(y) / Z(x) exactly."""
+        probabilities of all items sum to one, and TB of one R has its optimum at p(y | x) = R(y) / Z(x)."""
         slot = torch.arange(self.width[level], device=node.device)
         real = slot < self.n_children[node][..., None]
         child = self.first_child[node][..., None] + slot * real         # the first one where there is none
@@ -508,9 +508,9 @@ class Catalogue(NamedTuple):
 def path_log_probs(model: T5, catalogue: Catalogue, memory: Memory, items: Tensor, flow=None) -> tuple:
     """How likely each step of the paths of items (B, P) is, after B histories that the encoder has read ->
     log_pf (B, P, L), [.., l] being log P_F(s_{l+1} | s_l); the flow head's output (B, P, L) of s_0 .. s_{L-1}
-    and, if given a flow (B, nodes), log_mean (B, P, L), the mean of log P_F over where it goes from s_l."""
+    and, if given a flow (B, nodes), mean_log (B, P, L), the mean of log P_F over where it goes from s_l."""
     state = model.decode_paths(F.pad(catalogue.tokens[items][..., :-1], (1, 0)), memory)
-    trie, path, log_pf, log_mean = catalogue.trie, catalogue.trie.path[items], [], []
+    trie, path, log_pf, mean_log = catalogue.trie, catalogue.trie.path[items], [], []
     for level in range(model.levels):
         node, logits = path[..., level], model.code_logits(state[..., level, :], level)
         child, log_probs = trie.log_probs(logits, node, level)
@@ -518,9 +518,9 @@ def path_log_probs(model: T5, catalogue: Catalogue, memory: Memory, items: Tenso
         log_pf.append(log_probs.gather(-1, slot[..., None]).squeeze(-1))
         if flow is not None:
             weight = flow.gather(1, child.flatten(1)).view_as(child) * (log_probs != -torch.inf)
-            log_mean.append((weight * log_probs.masked_fill(weight == 0, 0)).sum(-1) / weight.sum(-1))
-    head, log_mean = model.flow(state).squeeze(-1).float(), torch.stack(log_mean, -1) if log_mean else None
-    return torch.stack(log_pf, -1), head, log_mean
+            mean_log.append((weight * log_probs.masked_fill(weight == 0, 0)).sum(-1) / weight.sum(-1))
+    head, mean_log = model.flow(state).squeeze(-1).float(), torch.stack(mean_log, -1) if mean_log else None
+    return torch.stack(log_pf, -1), head, mean_log
 
 
 def curriculum_sample(scores: Tensor, pool: Tensor, exclude: Tensor, k: int, beta: float) -> Tensor:
@@ -586,10 +586,10 @@ def dpo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     return -F.logsigmoid(-(beta * (rejected - chosen[:, None])).logsumexp(1))
 
 
-def ipa(margin: Tensor, rewards: Tensor, beta: float) -> Tensor:
-    """IPA: DPO of the path of best reward against that of the worst. margin D, rewards (B, P) -> (B,)."""
+def ipa(log_ratio: Tensor, rewards: Tensor, beta: float) -> Tensor:
+    """IPA: DPO of the path of best reward against that of the worst. log_ratio D, rewards (B, P) -> (B,)."""
     best, worst = rewards.argmax(1, keepdim=True), rewards.argmin(1, keepdim=True)
-    return dpo(margin.gather(1, best).squeeze(1), margin.gather(1, worst), beta)
+    return dpo(log_ratio.gather(1, best).squeeze(1), log_ratio.gather(1, worst), beta)
 
 
 def clipped_loss(log_p: Tensor, log_old, log_ref, advantage, clip: float, kl: float) -> Tensor:
@@ -618,22 +618,22 @@ class Paths(NamedTuple):
     items: Tensor       # (B, P)
     reward: Tensor      # (B, P) R
     weight: Tensor      # (B, P) w of Eq. 8
-    log_known: Tensor | float = 0.0     # (B, P, L), of tb (B, 1, 1): log of the flow that SASRec knows
-    flow: Tensor | None = None      # (B, nodes) what flows through each node, never 0
+    log_known: Tensor | float = 0.0     # (B, P, L), tb (B, 1, 1): log of all R below s_l but for the click
+    flow: Tensor | None = None      # (B, nodes) each node's weight among its siblings, never 0
     log_old: Tensor | None = None   # (B, P) log p by the policy that drew them
     log_ref: Tensor | None = None   # (B, P) log p by the reference policy
     log_pf: Tensor | None = None    # (B, P, L) log P_F of each step, by the generator in training
     log_flow: Tensor | None = None  # (B, P, L) log F of s_0 .. s_{L-1}: what the head says, + log_known
-    log_mean: Tensor | None = None  # (B, P, L) the mean log P_F of where the flow goes
+    mean_log: Tensor | None = None  # (B, P, L) the mean log P_F of where the flow goes
 
     def balance(self, objective: Callable) -> Tensor:
         """The sum over paths of w * L_GFN -> (B,)."""
         return (self.weight * objective(self.log_pf, self.log_flow, self.reward.log())).sum(1)
 
-    def margins(self) -> tuple[Tensor, Tensor]:
+    def log_ratios(self) -> tuple[Tensor, Tensor]:
         """D = log p - log p_ref of the observed path (B,), and of the others (B, P - 1)."""
-        margin = self.log_pf.sum(-1) - self.log_ref
-        return margin[:, 0], margin[:, 1:]
+        log_ratio = self.log_pf.sum(-1) - self.log_ref
+        return log_ratio[:, 0], log_ratio[:, 1:]
 
     def drawn(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """log p, log p_old, log p_ref and R of the paths beside the observed one, (B, P - 1) each."""
@@ -641,14 +641,14 @@ class Paths(NamedTuple):
 
 
 class Method(NamedTuple):
-    """A way of fine-tuning: where its trajectories come from x the objective put on them."""
-    source: str             # of paths beside the observed; beam, draws: by `old`; all: a flow, not paths
+    """A way of fine-tuning: where paths beside the observed one come from, and the objective put on all."""
+    source: str             # random, curriculum: sampled items; beam, draws: by `old`; none, all: no others
     paths: Callable         # Config -> how many of those
     groups: tuple           # of settings that it has
     cost: float             # time of its step over SFT's, about what was measured (README)
     objective: Callable     # (Paths, Config) -> (B,)
     with_sft: bool = False  # is SFT's loss, of all targets, added?
-    flow: Callable | None = None    # (Trie, scores (B, N)) -> the flow (B, nodes) that log_mean follows
+    flow: Callable | None = None    # (Trie, scores (B, N)) -> the flow (B, nodes) that mean_log follows
 
 
 METHODS = {
@@ -657,21 +657,21 @@ METHODS = {
                  lambda y, c: c.lam * y.balance(detailed_balance), with_sft=True),
     "tb": Method("curriculum", lambda c: c.k, ("lambda", "pool", "share", "reward", "gflownet"), 1.4,
                  lambda y, c: c.lam * y.balance(trajectory_balance), with_sft=True),
-    "dpo": Method("random", lambda c: 1, ("pool", "share", "preference"), 0.8,
-                  lambda y, c: dpo(*y.margins(), c.beta)),
-    "sdpo": Method("random", lambda c: c.negatives, ("pool", "share", "preference"), 0.9,
-                   lambda y, c: dpo(*y.margins(), c.beta)),
-    "sprec": Method("draws", lambda c: 1, ("share", "preference"), 1.0,     # clicked ones left out
-                    lambda y, c: (y.items[:, 0] != y.items[:, 1]) * dpo(*y.margins(), c.sprec_beta)),
-    "ipa": Method("beam", lambda c: c.beam, ("lambda", "share", "reward", "preference"), 3.4,
-                  lambda y, c: c.lam * ipa(y.margins()[1], y.reward[:, 1:], c.beta), with_sft=True),
+    "dpo": Method("random", lambda c: 1, ("pool", "share", "beta"), 0.8,
+                  lambda y, c: dpo(*y.log_ratios(), c.beta)),
+    "sdpo": Method("random", lambda c: c.negatives, ("pool", "share", "beta", "negatives"), 0.9,
+                   lambda y, c: dpo(*y.log_ratios(), c.beta)),
+    "sprec": Method("draws", lambda c: 1, ("share", "sprec"), 1.0,  # clicked ones left out
+                    lambda y, c: (y.items[:, 0] != y.items[:, 1]) * dpo(*y.log_ratios(), c.sprec_beta)),
+    "ipa": Method("beam", lambda c: c.beam, ("lambda", "share", "reward", "beta"), 3.4,
+                  lambda y, c: c.lam * ipa(y.log_ratios()[1], y.reward[:, 1:], c.beta), with_sft=True),
     "ppo": Method("draws", lambda c: c.group, ("share", "reward", "policy"), 2.5,   # V(x): the flow at s_0
                   lambda y, c: ppo(*y.drawn(), y.log_flow[:, 0, 0], c.clip, c.kl)),
     "grpo": Method("draws", lambda c: c.group, ("share", "reward", "policy"), 2.5,
                    lambda y, c: grpo(*y.drawn(), c.clip, c.kl)),
-    # Two controls that are none of the paper's: is it the balance that helps, or any spreading, any teacher?
+    # Two controls, not the paper's: label smoothing, and distillation of SASRec at the observed path's nodes.
     "smooth": Method("none", lambda c: 0, ("smoothing",), 1.0, lambda y, c: torch.lerp(
-                     sft(y.log_pf[:, 0]), sft(y.log_mean[:, 0]), c.smoothing),
+                     sft(y.log_pf[:, 0]), sft(y.mean_log[:, 0]), c.smoothing),
                      flow=lambda trie, scores: torch.ones_like(trie.code).float().expand(len(scores), -1)),
 }
 METHODS["exact"] = METHODS["smooth"]._replace(source="all", cost=1.3,      # spread as SASRec's softmax is
@@ -690,19 +690,19 @@ class FineTuning:
             self.old = self.reference if cfg.loss == "sprec" else copy.deepcopy(self.reference)
 
     def refresh(self, step: int, steps: int) -> None:
-        """After at most 8 training steps, for sprec after an iteration: draw from the policy of now."""
+        """After at most 8 training steps, for sprec after an iteration, `old` becomes the policy of now."""
         times = self.cfg.iterations if self.cfg.loss == "sprec" else math.ceil(steps / 8)
         if self.old is not None and step * times // steps > (step - 1) * times // steps:
             self.old.load_state_dict(self.model.state_dict())
 
     @torch.no_grad()
     def trajectories(self, method: Method, history: Tensor, target: Tensor, progress, ends=None) -> Paths:
-        """The observed items and those beside them, their reward, and, where the method asks for it, what
-        frozen models say. history (B, T), target (B, 1), or (B, T) asked for at the places `ends` (Q,)."""
+        """The observed items, those beside them (unclicked: not of this row), their reward, and what frozen
+        models say where it is asked. history (B, T), target (B, 1), or (B, T) at the places `ends` (Q,)."""
         cfg, catalogue, n_items = self.cfg, self.catalogue, len(self.catalogue.codes)
         source, n = cfg.sampler if method.source == "curriculum" else method.source, method.paths(cfg)
         items, log_old, log_ref = (target if ends is None else target[:, ends]).reshape(-1, 1), None, None
-        scored = source == "all" or "reward" in method.groups       # else dummies: all items score alike
+        scored = source == "all" or "reward" in method.groups       # else SASRec is not asked: zeros for it
         scores = self.sasrec.scores(history, ends) if scored else (0.0 * items).expand(-1, n_items)
         if source in ("curriculum", "random"):
             pool = torch.randperm(n_items, device=target.device)[:cfg.pool]
@@ -723,7 +723,7 @@ class FineTuning:
         r_cs = r_all.gather(1, items)
         r_sim = shared_codes(catalogue.codes[items][..., :catalogue.semantic])
         min_max = collaborative_score(scores).gather(1, items) if scored and cfg.scale != "minmax" else r_cs
-        weight = confidence(r_aug, min_max) if cfg.confidence else torch.ones_like(r_cs)    # not softmax's
+        weight = confidence(r_aug, min_max) if cfg.confidence else torch.ones_like(r_cs)  # softmax: clicks ~0
         known = self.log_known(r_all, items) if "gflownet" in method.groups else 0.0
         flow = method.flow and method.flow(catalogue.trie, scores)
         return Paths(items, reward(r_aug, r_cs, r_sim, cfg.reward), weight, known, flow, log_old, log_ref)
@@ -744,12 +744,12 @@ class FineTuning:
         paths = self.trajectories(method, history, target.where(real, history[:, :1]), progress, ends)
         real = real if ends is None else real[:, ends]              # of a few ends perhaps none
         memory = memory or catalogue.read(model, history, ends)
-        log_pf, log_flow, log_mean = path_log_probs(model, catalogue, memory, paths.items, paths.flow)
-        log_flow = log_flow + paths.log_known       # from log F = 0 the loss would for long be but Z's error
+        log_pf, log_flow, mean_log = path_log_probs(model, catalogue, memory, paths.items, paths.flow)
+        log_flow = log_flow + paths.log_known       # the head learns the rest: from 0 it had Z to reach first
         if "gflownet" in method.groups and self.cfg.z == "scalar":
-            log_z = 10 * (model.scalar_z - 1) + math.log(len(catalogue.codes))      # begins at log N
+            log_z = 10 * (model.scalar_z - 1) + math.log(len(catalogue.codes))      # log N at first; 10: rate
             log_flow = torch.cat([log_z.expand_as(log_flow[..., :1]), log_flow[..., 1:]], -1)
-        paths = paths._replace(log_pf=log_pf, log_flow=log_flow, log_mean=log_mean)
+        paths = paths._replace(log_pf=log_pf, log_flow=log_flow, mean_log=mean_log)
         return (method.objective(paths, self.cfg) * real.flatten()).sum() / real.sum().clamp(min=1)
 
     def loss(self, history: Tensor, target: Tensor, progress: float) -> Tensor:
@@ -758,16 +758,16 @@ class FineTuning:
         each item, N where padded. [ours]: but for SFT's loss and the controls, of a share of the targets."""
         cfg, n, loss, memory = self.cfg, len(history), 0.0, None
         ends = torch.arange(target.shape[1], device=target.device) if target.dim() == 2 else None
-        first_half = cfg.loss == "sprec" and 0 < progress * cfg.iterations % 1 <= 0.5   # SFT, then DPO
+        first_half = cfg.loss == "sprec" and 1e-9 < progress * cfg.iterations % 1 <= 0.5    # SFT, then DPO
         method = METHODS["sft" if first_half else cfg.loss]
         if method.with_sft:         # one reading for both terms; ipa's second, without dropout, has its own
             memory = None if self.reference is not None else self.catalogue.read(self.model, history, ends)
             loss = self.term(METHODS["sft"], history, target, progress, ends, memory)
         if self.reference is not None and method.source != "none":
-            self.model.eval()       # until `train()`: dropout's noise would enter the ratio of two policies
+            self.model.eval()       # p / p_ref is not to compare dropout masks; `fit` calls train() again
         if "share" in method.groups:        # few targets of many rows: those of one user are much alike
-            n_ends = 1 if ends is None else len(ends)
-            q = torch.randperm(n_ends, device=history.device)[:max(1, round(cfg.share * n_ends))]
+            n_ends = target[0].numel()
+            q = torch.randperm(n_ends, device=history.device)[:math.ceil(cfg.share * n_ends)]
             b = torch.randperm(n, device=q.device)[:max(1, round(cfg.share * n * n_ends / len(q)))]
             history, target, ends = history[b], target[b], None if ends is None else q
             memory = memory and Memory([(k[b], v[b]) for k, v in memory.layers], memory.bias[b][:, :, q])
@@ -786,7 +786,7 @@ def fit(model: nn.Module, title: str, loss_of: Callable, batches: Iterator[Tenso
     rate = optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(       # warm-up, then half a cosine
         20 * (step + 1) / steps, 0.5 * (1 + math.cos(math.pi * step / steps))))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    checks = {round(steps * (i + 1) / evaluations) for i in range(evaluations)}
+    checks = {round(steps * i / evaluations) for i in range(1, evaluations + 1)}
     parts = dict(model=model, optimiser=optimiser, rate=rate, scaler=scaler, **others)
     with datasets.Progress(title, steps, journal, parts, checks) as progress:
         start, best, best_score = progress.resume()
@@ -815,11 +815,11 @@ def fit(model: nn.Module, title: str, loss_of: Callable, batches: Iterator[Tenso
 @torch.no_grad()
 def beam_search(model: T5, catalogue: Catalogue, memory: Memory, beam: int, draws=False) -> tuple:
     """The most likely items (B, W) that W beams find after histories that the encoder has read, best first,
-    and their log p; or W independent draws. All users and all beams step together along the trie, so each
+    and their log p; or W draws, code by code. All users and all beams step together along the trie, so each
     ends at an item; where the catalogue has fewer items than beams, the rest of the row is N with -inf."""
     trie, (rows, _, histories, _), device = catalogue.trie, memory.bias.shape, memory.bias.device
-    users = torch.arange(rows * histories, device=device)[:, None]
-    token = node = torch.zeros_like(users).expand(-1, beam if draws else 1)
+    which = torch.arange(rows * histories, device=device)[:, None]                  # history: (B * Q, 1)
+    token = node = torch.zeros_like(which).expand(-1, beam if draws else 1)
     score = torch.zeros(token.shape, device=device)
     for level in range(model.levels):
         past = [(keys[parent], values[parent]) for keys, values in past] if level else None
@@ -833,7 +833,7 @@ def beam_search(model: T5, catalogue: Catalogue, memory: Memory, beam: int, draw
         else:
             best = total.topk(min(beam, total.shape[1])).indices
         score = total.gather(1, best)
-        parent = (users * node.shape[1] + best // width).flatten()                  # the beams that go on
+        parent = (which * node.shape[1] + best // width).flatten()      # each beam's row in the cache before
         node = child.flatten(1).gather(1, best)
         token = 1 + level * model.n_codes + trie.code[node]
     n_items, missing = len(catalogue.codes), beam - score.shape[1]
@@ -846,19 +846,19 @@ def ranking_metrics(recommended: Tensor, target: Tensor) -> dict[str, float]:
     recommended (U, W) item ids, best first; target (U,)."""
     hit = (recommended == target[:, None]).double()
     gain = hit / torch.log2(torch.arange(hit.shape[1], device=hit.device).double() + 2)
-    return {**{f"R@{k}": hit[:, :k].sum(1).mean().item() for k in (1, 5, 10, 20)},
-            **{f"N@{k}": gain[:, :k].sum(1).mean().item() for k in (5, 10, 20)}}
+    return ({f"R@{k}": hit[:, :k].sum(1).mean().item() for k in (1, 5, 10, 20)}
+            | {f"N@{k}": gain[:, :k].sum(1).mean().item() for k in (5, 10, 20)})
 
 
 # ================================================================================================ 11. main
 
 def needs(cfg: Config) -> dict[str, tuple[str, ...]]:
     """Stage -> the groups of settings that its result depends on: the key of its cache."""
-    letter = cfg.backbone == "letter"
-    made = () if cfg.codes else ("vectors", "codes", *(("training", "sasrec", "letter") if letter else ()))
-    sft = ("data", "backbone", *made, "training", "sft", *(("temperature",) if letter else ()))
-    return {"sasrec": ("data", "training", "sasrec"), "vectors": ("data", *made[:1]), "sft": sft,
-            "codes": (*sft[:2], *made), "finetune": (*sft, "sasrec", "finetune", *METHODS[cfg.loss].groups)}
+    letter, sasrec = cfg.backbone == "letter", ("data", "training", "sasrec")
+    made = () if cfg.codes else ("vectors", "codes", *(*sasrec, "letter") * letter)
+    codes, tuning = ("data", "backbone", *made), ("sasrec", "finetune", *METHODS[cfg.loss].groups)
+    sft = (*codes, "training", "sft", *("temperature",) * letter)
+    return dict(sasrec=sasrec, vectors=("data", *made[:1]), codes=codes, sft=sft, finetune=sft + tuning)
 
 
 def train_codes(run: Run, vectors: Tensor, collaborative: Tensor, journal: Journal) -> Tensor:
@@ -896,15 +896,15 @@ def train_codes(run: Run, vectors: Tensor, collaborative: Tensor, journal: Journ
 
 def item_codes(run: Run, sasrec: SASRec) -> Catalogue:
     """Each item as a path of codes of its own, from --codes or the backbone; also written in that format."""
-    cfg, data = run.cfg, run.data
+    cfg = run.cfg
 
     def build(journal: Journal) -> dict:
         if cfg.codes:
-            codes = datasets.read_codes(run.codes_file, data.n_items)
+            codes = run.inputs["codes"]
             if codes.shape[1] > 1 and torch.equal(unique_paths(codes[:, :-1]), codes):  # it only counts twins
                 codes = codes[:, :-1]
         else:
-            result = run.stage("vectors", lambda _: {"vectors": datasets.item_vectors(cfg, data)})
+            result = run.stage("vectors", lambda _: {"vectors": run.item_vectors()})
             collaborative = datasets.principal_vectors(sasrec.item.weight[:-1], cfg.code_dim)
             codes = train_codes(run, result["vectors"].to(run.device), collaborative, journal).cpu()
         twins = len(codes.unique(dim=0)) < len(codes)
@@ -978,9 +978,9 @@ def recommend(run_folder, history: list[int], k: int = 10) -> list[int]:
 
 def run_all(cfg: Config) -> tuple[str, dict]:
     """All stages in order, each one kept; returns the tables of results, and the results."""
-    run, method = Run(cfg, needs(cfg), fit, ranking_metrics), METHODS[cfg.loss]
-    if method.source == "random" or method.source == "curriculum" and cfg.sampler != "none":
-        run.check_unclicked(method.paths(cfg))
+    method = METHODS[cfg.loss]
+    drawn = method.source == "random" or method.source == "curriculum" and cfg.sampler != "none"
+    run = Run(cfg, needs, fit, ranking_metrics, unclicked=method.paths(cfg) if drawn else 0)
     sasrec = train_sasrec(run)
     catalogue = item_codes(run, sasrec)
     print(datasets.code_figures(catalogue.codes[:, :catalogue.semantic], sasrec.item.weight[:-1]))

@@ -150,6 +150,8 @@ def test_download_tries_again_after_503_and_a_cut_connection(tiny, tmp_path):
     ([(503, b"")] * 3, 3, "503"),
     ([(200, INTER[:9], len(INTER))] * 3, 3, "IncompleteRead"),
     ([(200, b"{}")], 1, "not the expected file"),
+    ([(200, INTER, "abc")], 1, "invalid literal for int"),
+    ([(302, b"http://[::1")], 1, "Invalid IPv6 URL"),
 ])
 def test_download_that_fails_leaves_nothing(tiny, tmp_path, replies, requests, words):
     with serve(*replies) as (server, url), pytest.raises(DataError) as error:
@@ -1095,8 +1097,8 @@ def test_smoothing_is_the_cross_entropy_to_the_codes_that_lead_to_an_item():
         step = {int(code): every[user, item, level].item() for item, code in enumerate(codes[:, level])
                 if alike[item]}
         assert even[user, slot, level].item() == pytest.approx(np.mean(list(step.values())), abs=1e-4)
-    log_pf, log_mean = torch.full((2, 3, 3), -1.0), torch.full((2, 3, 3), -2.0)
-    paths = g.Paths(items, None, None, log_pf=log_pf, log_mean=log_mean)
+    log_pf, mean_log = torch.full((2, 3, 3), -1.0), torch.full((2, 3, 3), -2.0)
+    paths = g.Paths(items, None, None, log_pf=log_pf, mean_log=mean_log)
     loss = g.METHODS["smooth"].objective(paths, g.Config(smoothing=0.25))
     assert loss.tolist() == pytest.approx([0.75 * 3 + 0.25 * 6] * 2)
 
@@ -1250,9 +1252,13 @@ def test_a_share_of_the_targets_gets_paths_from_as_many_rows_as_there_are(monkey
         tuning.loss(torch.randint(30, (n, 4)), torch.randint(30, (n,)), 0.5)
         assert asked == {False: (n, None), True: (some, None)}
     tuning.model = small_generator(catalogue, causal=True)
-    for n, length, some, ends in ((12, 20, 12, 2), (128, 2, 32, 1), (40, 6, 30, 1), (1, 8, 1, 1)):
+    for n, length, some, ends in ((12, 20, 10, 3), (128, 2, 32, 1), (40, 6, 30, 1), (1, 8, 1, 1)):
         tuning.loss(torch.randint(30, (n, length)), torch.randint(30, (n, length)), 0.5)
         assert asked == {False: (n, length), True: (some, ends)}
+    for length in range(1, 21):                                     # rounding takes nothing from the share
+        n = 256 // length
+        tuning.loss(torch.randint(30, (n, length)), torch.randint(30, (n, length)), 0.5)
+        assert 0.118 < math.prod(asked[True]) / (n * length) < 0.131
 
 
 def test_confidence_is_by_min_max_scores_whatever_the_rewards_scale():
@@ -1728,6 +1734,9 @@ def test_a_gpu_is_taken_where_there_is_one(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK")
     with pytest.raises(DataError, match="LOCAL_RANK, which names each process's GPU, is not set"):
         datasets.choose_device("auto")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(DataError, match="did not find each other .*RANK.*; start them by torchrun"):
+        datasets.choose_device("cpu")
 
 
 @pytest.mark.parametrize("backend, error, leaves", [
@@ -2009,7 +2018,7 @@ def test_seeds_run_one_after_another_and_end_in_mean_and_spread(world, capsys):
     assert out.count("kept from before") == 12 and out.count("seed ") == 3      # the same runs, found again
     parts = out[out.index("test, n = 3"):].replace(" ± ", "±").splitlines()
     assert [line.split()[0] for line in parts[1:-1]] == ["popularity", "SASRec", "SFT", "then"]
-    assert re.match(r"the same \d+ users, mean of 3 runs, then tb less SFT: R@10 [+-]0", parts[-1])
+    assert re.match(r"180 users of 3 runs, then tb less SFT: R@10 [+-]0", parts[-1])
     for line, *rows in zip(parts[1:-1], *single):
         words = line.removeprefix("then").split()[1:]
         for word, *cells in zip(words[:7], *(row[2 if row[0] == "then" else 1:] for row in rows)):
@@ -2042,10 +2051,10 @@ def test_the_difference_from_sft_is_taken_user_by_user(same_users):
                 [after - before for before, after in zip(*found)])
     numbers = np.array([np.mean(differences, axis=0) for differences in users.values()])
     recall, ndcg = (f"{mean:+.4f} ± {spread / len(numbers) ** 0.5:.4f}"
-                    for mean, spread in zip(numbers.mean(0), numbers.std(0)))
+                    for mean, spread in zip(numbers.mean(0), numbers.std(0, ddof=1)))
+    users = "the same 40 users, mean of 3 runs" if same_users else "120 users of 3 runs"
     assert datasets.less_sft(runs) == (
-        f"the same {40 if same_users else 120} users, mean of 3 runs, then db less SFT: R@10 {recall}, "
-        f"N@10 {ndcg} (standard error)")
+        f"{users}, then db less SFT: R@10 {recall}, N@10 {ndcg} (standard error)")
     assert datasets.less_sft(runs[:1]).startswith("the same 40 users, then db less SFT: R@10 ")
 
 
@@ -2065,13 +2074,21 @@ def test_more_sft_stands_beside_a_method_where_it_is_kept(world, capsys):
         {label: recall["then tb"] - recall[label] for label in ("SFT", "then sft")}, abs=2e-4)
     run(capsys, "--loss", "sft", "--seed", "43")
     several = run(capsys, "--loss", "tb", "--seeds", "42,43").out.splitlines()[-2:]
-    assert ["SFT", "then sft"] == [re.search("mean of 2 runs, then tb less (.+?):", line)[1]
-                                   for line in several]
+    assert ["SFT", "then sft"] == [re.match("120 users of 2 runs, then tb less (.+?):", line)[1]
+                                   for line in several]                             # two seeds, two worlds
     assert "less then sft" not in run(capsys, "--loss", "tb", "--seeds", "42,44").out.splitlines()[-1]
     for other in (["--finetune-epochs", "2"], ["--from-scratch"], ["--seed", "45"], ["--sft-epochs", "2"]):
         assert "less then sft" not in run(capsys, "--loss", "tb", *other).out
     run(capsys, "--from-scratch", "--loss", "sft")
     assert "only tb less only sft" in run(capsys, "--from-scratch", "--loss", "tb").out
+    paths = sorted((world / "runs" / "toy").glob("sft-*/checkpoint.pt"))
+    for path in paths:                  # of another SFT: the row is left out, and what is kept stays there
+        kept = torch.load(path, weights_only=True)
+        if kept["before"].get("sft"):
+            torch.save({**kept, "before": {**kept["before"], "sft": "another"}}, path)
+    found = run(capsys, "--loss", "tb")
+    assert "then sft" not in rows(found.out) and found.err == ""
+    assert sorted((world / "runs" / "toy").glob("sft-*/checkpoint.pt")) == paths
 
 
 def test_finetune_seeds_share_one_sft(world, capsys):
@@ -2084,7 +2101,10 @@ def test_finetune_seeds_share_one_sft(world, capsys):
     states = [torch.load(folder / "checkpoint.pt", weights_only=True)["state"] for folder in folders]
     assert len(folders) == 2 and len([*(world / "runs" / "toy").glob("sft-*")]) == 1
     assert any(not torch.equal(state, states[1][name]) for name, state in states[0].items())
-    assert "2 |" in run(capsys, "--report").out.split("Table 1")[1].split("Table 2")[0]     # two seeds: n = 2
+    means = [json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["test"]["R@10"]
+             for folder in folders]
+    row, = re.findall(r"[|] tiger [|] tb [|].*", run(capsys, "--report").out)
+    assert row.split(" | ")[3] == f"{np.mean(means):.4f}" and row.endswith("| 1 |")     # of one seed
 
 
 def test_only_what_depends_on_a_setting_is_done_again(world, capsys):
@@ -2232,7 +2252,7 @@ def test_own_codes_vectors_and_from_scratch(world, capsys):
 def test_bad_settings_are_one_sentence(world, capsys, flags, words):
     *warnings, err = run(capsys, *flags, expect=1).err.splitlines()
     assert words in err and err.startswith("error: ")
-    assert warnings == ["warning: nothing in this run depends on --sampler none"] * ("none" in flags)
+    assert not warnings
 
 
 def test_settings_without_effect_are_named(world, capsys):
@@ -2240,6 +2260,8 @@ def test_settings_without_effect_are_named(world, capsys):
     assert said == "warning: nothing in this run depends on --alignment 1.0 --lam 0.5 --no-confidence\n"
     assert not run(capsys, "--loss", "tb", "--lam", "0.5", "--no-confidence", "--quiet").err
     codes, = (world / "runs" / "toy").glob("codes-*/toy.index.json")
+    said = run(capsys, "--loss", "dpo", "--negatives", "5", "--iterations", "9", "--sprec-beta", "0.3").err
+    assert said == "warning: nothing in this run depends on --negatives 5 --sprec-beta 0.3 --iterations 9\n"
     said = run(capsys, "--codes", str(codes), "--loss", "sft", "--item-vectors", "none").err
     assert said == "warning: nothing in this run depends on " \
         "--item-vectors none --vector-dim 8 --codebook-size 8 --code-epochs 20\n"
@@ -2253,6 +2275,8 @@ def test_settings_without_effect_are_named(world, capsys):
     (["--share", "8"], "--share 8.0 must be at least 0.001 and below 1.001"),
     (["--reward", "aug,xx"], "invalid choice: 'aug,xx'"), (["--show", "-1"], "--show -1 must be at least 0"),
     (["--sft-epochs", "0"], "--sft-epochs 0.0 must be at least 0.001"),
+    (["--finetune-epochs", "0"], "--finetune-epochs 0.0 must be at least 0.001"),
+    (["--beam", "10"], "--beam 10 must be at least 20"),
     (["--k", "0"], "--k 0 must be at least 1"), (["--lam", "-1"], "--lam -1.0 must be at least 0"),
     (["--lr", "nan"], "--lr nan must be"), (["--dropout", "1"], "--dropout 1.0 must be at least 0")])
 def test_wrong_flags_are_one_sentence(capsys, flags, words):
@@ -2384,6 +2408,17 @@ def test_a_signal_that_comes_after_the_last_step_counts():
             progress.resume()
             os.kill(os.getpid(), signal.SIGTERM)
     assert stopped.value.args == (signal.SIGTERM,) and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_counts_while_something_is_being_printed(monkeypatch):
+    class Busy:
+        def write(self, text):
+            raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+    progress = datasets.Progress("x", 1, datasets.Journal(), {}, set())
+    monkeypatch.setattr(sys, "stderr", Busy())
+    progress.note(signal.SIGTERM, None)
+    assert progress.signals == [signal.SIGTERM]
 
 
 @pytest.mark.parametrize("first", [0, 31])
@@ -2565,6 +2600,9 @@ def test_fresh_starts_over_and_a_damaged_snapshot_is_set_aside(world, capsys, mo
     monkeypatch.setattr(datasets.Progress, "done", done)
     out = run(capsys).out                                   # nothing of before --fresh is mixed into it
     assert "tb: goes on after step 3" in out and table(out) == table(first)
+    checkpoints = sorted(world.rglob("checkpoint.pt"))
+    assert "--k" in run(capsys, "--fresh", "--k", "40", expect=1).err       # refused, it removes nothing
+    assert sorted(world.rglob("checkpoint.pt")) == checkpoints
     assert "would do the shared SFT again" in run(capsys, "--fresh", "--finetune-seeds", "1,2", expect=1).err
 
 
@@ -2606,7 +2644,8 @@ def test_recommend_gives_what_the_run_gave(world, capsys, monkeypatch):
     with pytest.raises(DataError, match="or a damaged one"):
         g.recommend(world / "copy", history)
     assert (world / "copy" / "checkpoint.pt").read_bytes() == content       # whoever only reads moves nothing
-    for history, k in (([], 10), ([50], 10), ([-1], 10), (["a"], 10), ([1], 0), ([1], 51)):
+    for history, k in (([], 10), ([50], 10), ([-1], 10), (["a"], 10), ([1], 0), ([1], 51), ([1.0], 10),
+                       ([[1]], 10), (5, 10), ([1], 2.5)):
         with pytest.raises(DataError, match="needs item ids of 0 to 49, and k must be 1 to 50"):
             g.recommend(folder, history, k)
     sasrec, = (world / "runs" / "toy").glob("sasrec-*")
@@ -2625,6 +2664,53 @@ def test_a_generator_from_before_the_causal_encoder_reads_as_it_was_trained(worl
                                      {name: value for name, value in settings.items() if name != "encoder"}))
         lists.append(g.recommend(config.parent, [17, 4, 30, 2], 20))
     assert lists[0] == lists[2] != lists[1]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has it")
+def test_output_that_nobody_can_take_is_one_sentence(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, HERE / "data.py", "toy"], stdout=full, stderr=subprocess.PIPE,
+                              env=environment, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: No space left on device; finished stages are kept, half-written ones not\n"
+
+
+def test_files_that_change_during_a_run_are_read_once(world, capsys, monkeypatch):
+    every = torch.tensor(list(itertools.product(range(4), repeat=3)))
+    (world / "own.json").write_text(datasets.format_codes(every[:50]))
+    train = g.train_sasrec
+
+    def meanwhile(run):
+        (world / "own.json").write_text(datasets.format_codes(every[-50:]))
+        return train(run)
+
+    monkeypatch.setattr(g, "train_sasrec", meanwhile)
+    run(capsys, "--codes", "own.json", "--loss", "sft")
+    kept, = (world / "runs" / "toy").glob("codes-*/checkpoint.pt")
+    assert torch.equal(datasets.read_kept(kept)["codes"], every[:50])
+    monkeypatch.setattr(g, "train_sasrec", train)
+    assert "now kept" in run(capsys, "--codes", "own.json", "--loss", "sft").out      # by others: another key
+
+
+def test_what_is_kept_is_looked_at_under_the_lock(world, capsys, monkeypatch):
+    run(capsys)
+    inside, read, alone = [], datasets.read_kept, datasets.alone
+
+    @contextlib.contextmanager
+    def watched(folder):
+        with alone(folder):
+            inside.append(folder)
+            yield
+            inside.pop()
+
+    def reading(path, *rest):
+        assert inside == [path.parent] or rest[-1:] == (False,)     # that one moves nothing
+        return read(path, *rest)
+
+    monkeypatch.setattr(datasets, "alone", watched)
+    monkeypatch.setattr(datasets, "read_kept", reading)
+    assert run(capsys).out.count("kept from before") == 4       # without the vectors, which nobody asks for
 
 
 def test_a_full_disk_is_said_and_leaves_nothing_half_written(world, capsys, monkeypatch):
@@ -2693,6 +2779,17 @@ def test_diversity_and_case_studies_are_printed(world, capsys):
         assert all(("*" in line[47:50]) == (line[50:] not in found) or "=>" in line[47:50] for line in pairs)
 
 
+def test_diversity_of_lists_longer_than_the_catalogue():
+    data = datasets.Data("x", ["a"] * 4, ["a"] * 4, torch.tensor([0, 1, 2, 3] * 2), torch.tensor([0, 4, 8]),
+                         None, "")
+    top = F.pad(torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0]]), (0, 16), value=4)
+    run = types.SimpleNamespace(data=data, device="cpu", parts=datasets.split(data))
+    out = datasets.diversity_table(run, {"SFT": {"top": top}}, lambda history: torch.tensor(
+        [[0.0, 0.2, 0.6, 1.0]]).expand(len(history), -1), lambda scores: scores)
+    coverage, kl, _, mean, spread, _, rank = map(float, out.splitlines()[1].split()[1:])
+    assert (coverage, kl, mean, spread, rank) == (1, 0, 0.45, 1, 2.5)       # of 4 items; the padding is none
+
+
 def test_the_change_from_sft_has_the_standard_error_of_the_users_differences(world, capsys):
     out = run(capsys).out
     folders = [next((world / "runs" / "toy").glob(f"{stage}-*")) for stage in ("sft", "tb")]
@@ -2705,7 +2802,7 @@ def test_the_change_from_sft_has_the_standard_error_of_the_users_differences(wor
         change["R@10"].append((ranks[0] < 10) - (ranks[1] < 10))
         change["N@10"].append(np.subtract(*(1 / math.log2(rank + 2) for rank in ranks)))
     for name, values in change.items():
-        error = np.std(values) / math.sqrt(len(values))
+        error = np.std(values, ddof=1) / math.sqrt(len(values))
         assert error > 0 and f"{name} {np.mean(values):+.4f} ± {error:.4f}" in out.splitlines()[-1], out
 
 
@@ -2719,21 +2816,26 @@ def test_report_has_mean_spread_and_the_papers_figures(tmp_path):
         (folder / "checkpoint.pt").touch()
 
     both = dict(backbone="tiger", sft_epochs=g.Config().sft_epochs)
+    tuned = dict(both, lam=g.Config().lam)
     keep("sasrec-1", 0.07, sasrec_dim=128)
     keep("sft-1", 0.05, **both)
     for i, test in enumerate((0.04, 0.06)):
-        keep(f"tb-{i}", test, **both, loss="tb", k=4, confidence=True)
-    keep("tb-8", 0.03, **both, loss="tb", k=8, confidence=True)
-    keep("tb-9", 0.02, **both, loss="tb", k=4, confidence=False)
-    keep("db-1", 0.01, **{**both, "sft_epochs": 3.0}, loss="db", k=4, confidence=True)
+        keep(f"tb-{i}", test, **tuned, loss="tb", k=4, confidence=True, seed=1 + i)
+    keep("tb-again", 0.08, **tuned, loss="tb", k=4, confidence=True, seed=2, precision="fp32")
+    keep("tb-8", 0.03, **tuned, loss="tb", k=8, confidence=True)
+    keep("tb-9", 0.02, **tuned, loss="tb", k=4, confidence=False)
+    keep("db-1", 0.01, **{**tuned, "sft_epochs": 3.0}, loss="db", k=4, confidence=True)
     (tmp_path / "Beauty" / "tb-0" / "checkpoint.pt").with_name("other.txt").touch()
-    keep("tb-cut-off", 0.9, **both, loss="tb")
+    keep("tb-cut-off", 0.9, **tuned, loss="tb")
     (tmp_path / "Beauty" / "tb-cut-off" / "metrics.jsonl").write_text('{"step": 1}')
-    first, second = datasets.report(tmp_path, g.Config).split("## Beauty")[1:]
-    first, second = sorted((first, second), key=lambda text: "--sft-epochs" in text)
+    keep("ipa-1", 0.08, **{**tuned, "lam": 0.1}, loss="ipa")
+    parts = {re.search("--dataset beauty ?(.*) ..`", part)[1]: part
+             for part in datasets.report(tmp_path, g.Config).split("## Beauty")[1:]}
+    first, second, third = (parts.pop(flags) for flags in ("", "--sft-epochs 3.0", "--lam 0.1"))
+    assert not parts and "| tiger | ipa | 0.0800 |" in third        # what Table 2 has no row for
     assert "|  | SASRec | 0.0700 | 0.0700 | 0.0700 | 0.0700 | 1 |" in first
     assert "| tiger | SFT | 0.0500 | 0.0500 [0.0558] | 0.0500 | 0.0500 | 1 |" in first
-    assert "| tiger | tb | 0.0500 ± 0.0141 | 0.0500 ± 0.0141 [0.0651] |" in first and "0.9" not in first
+    assert "| tiger | tb | 0.0550 ± 0.0212 | 0.0550 ± 0.0212 [0.0651] |" in first and "0.9" not in first
     assert "| tiger | db |  |  |  |  |  |" in first and "| letter | tb |  |  |  |  |  |" in first
     rows = [line.split(" | ") for line in first.splitlines() if line.startswith("| `--")]
     rows = {row[0][2:]: row[1:] for row in rows}
@@ -2743,6 +2845,21 @@ def test_report_has_mean_spread_and_the_papers_figures(tmp_path):
     assert "| tiger | db | 0.0100 |" in second
 
 
+def test_report_keeps_other_data_and_other_codes_apart(world, capsys):
+    every = torch.tensor(list(itertools.product(range(4), repeat=3)))
+    for name, codes in (("a", every[:50]), ("b", every[-50:])):
+        (world / name).mkdir()
+        write_world(world / name / "Beauty", datasets.toy(ord(name)))
+        assert "0.0558" in run(capsys, "--dataset", f"{name}/Beauty", "--loss", "sft").out
+        (world / "own.json").write_text(datasets.format_codes(codes))
+        out = run(capsys, "--dataset", "a/Beauty", "--loss", "sft", "--codes", "own.json").out
+        assert "0.0558" not in out
+    sections = run(capsys, "--report").out.split("## Beauty")[1:]
+    assert sorted("[0.0558]" in part for part in sections) == [False, False, True, True]    # by its own codes
+    assert all(line.endswith("| 1 |") for part in sections for line in part.splitlines()
+               if re.match("[|] (tiger [|] (SFT|sft)| [|] SASRec)", line) and "0." in line)
+
+
 def test_report_reads_what_runs_have_kept(world, capsys):
     run(capsys, "--loss", "grpo", "--group", "2")
     run(capsys, "--sampler", "none")
@@ -2750,6 +2867,12 @@ def test_report_reads_what_runs_have_kept(world, capsys):
     assert out.count("## toy") == 1 and "--group 2 ..`" in out    # tb does not depend on that
     assert sum(line.count(" 1 |") for line in out.splitlines()) == 4    # SASRec, SFT, grpo; tb's ablation
     sft, = (world / "runs" / "toy").glob("sft-*")
+    notes = sft / "metrics.jsonl"
+    for spoiled in ('{"test": {"R@10": 0.1}}', '{"test": {"R@5": 1, "R@10": "x", "N@5": 1, "N@10": 1}}'):
+        whole = notes.read_bytes()
+        notes.write_text(spoiled)
+        assert run(capsys, "--report").err.count("is left out: its notes are damaged") == 1
+        notes.write_bytes(whole)
     shutil.copytree(sft, sft.with_name("old-sft"))
     for content in ("{}", "[]", '{"dataset": []}', "{"):
         (sft / "config.json").write_text(content)
@@ -2795,13 +2918,13 @@ def rough_world(folder, chance):
 def rough_settings(chance):
     """Settings that each are allowed; whether they go together is for the program to say."""
     options = {"loss": list(g.METHODS), "backbone": ["tiger", "letter"], "levels": [1, 2, 4], "k": [1, 2, 9],
-               "codebook-size": [1, 2, 16], "code-epochs": [1, 5], "beam": [1, 3, 60], "batch": [1, 7, 1000],
+               "codebook-size": [1, 2, 16], "code-epochs": [1, 5], "beam": [20, 21, 60], "batch": [1, 7, 1000],
                "reward": ["aug,cf,sim", "aug", "sim"], "sampler": ["curriculum", "random", "none"],
                "z": ["user", "scalar"], "max-history": [1, 2, 20], "sasrec-length": [1, 50], "group": [2, 5],
                "sasrec-pool": [1, 10, 50000], "pool": [1, 10, 512], "negatives": [1, 3],
                "evaluations": [1, 9], "valid-users": [1, 4000], "dropout": [0, 0.5], "lam": [0, 1],
                "vector-dim": [1, 64],
-               "finetune-epochs": [0, 1, 3], "iterations": [1, 5], "hardest": [0, 3], "show": [0, 2],
+               "finetune-epochs": [0.001, 1, 3], "iterations": [1, 5], "hardest": [0, 3], "show": [0, 2],
                "scale": ["minmax", "softmax"]}
     flags = [f"--{name}={chance.choice(values)}" for name, values in options.items()]
     return [*flags, *chance.choice([[], ["--no-confidence"], ["--from-scratch"], ["--diversity"]])]
@@ -3216,7 +3339,7 @@ def optimum_table(dataset, data_dir, runs_dir):
     by a beam search, and ranked whole. How flat it is: entropy in nats, and the probability of its top 20."""
     flags = [f"--dataset={dataset}", f"--data-dir={data_dir}", f"--runs-dir={runs_dir}"]
     cfg = datasets.command_line(g.Config, flags, "test_gflowgr.py", "")
-    run = datasets.Run(cfg, g.needs(cfg), g.fit, g.ranking_metrics)
+    run = datasets.Run(cfg, g.needs, g.fit, g.ranking_metrics)
     sasrec = g.train_sasrec(run)
     catalogue, pairs = g.item_codes(run, sasrec), run.parts["valid"]
     found = {name: [] for name in SHARPNESS}
