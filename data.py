@@ -233,7 +233,7 @@ def read_folder(folder: Path) -> Data:
 def fingerprint(texts: list[str], *parts: torch.Tensor) -> str:
     """A hash of texts and tensors: 40 hex digits."""
     return git_blob_id(b"".join(part.contiguous().numpy().tobytes() for part in parts)
-                       + "\n".join(texts).encode("utf-8", "surrogatepass"))
+                       + json.dumps(texts).encode())
 
 
 def shown(value) -> str:
@@ -630,7 +630,10 @@ def join(device: torch.device) -> None:
                                 timeout=datetime.timedelta(days=7))     # the first may wait for another run
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0][:150]
-        raise DataError(f"the processes did not find each other ({reason}); start them by torchrun") from None
+        wrong = f"the processes did not find each other ({reason}); start them by torchrun"
+        if processes()[0]:                  # of a DataError the first process alone would speak
+            print(f"error: {wrong}", file=sys.stderr)
+        raise DataError(wrong) from None
 
 
 def of_the_first(value):
@@ -984,19 +987,25 @@ def alone(folder: Path) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as held:
+    try:
+        lock = os.open(folder / ".lock", os.O_RDONLY | os.O_CREAT, 0o666)       # may be another user's
+    except PermissionError:                 # a folder that can only be read: nothing is made in it
+        yield
+        return
+    try:
         for attempt in itertools.count():
             try:
-                lock = lock if attempt else held.enter_context(open(folder / ".lock", "w"))
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if attempt == 0:
+                if attempt == 2:            # who only looks at what is kept is soon gone
                     print(f"another run is at work in {folder}: waiting for its result", flush=True)
                 time.sleep(0.2)
-            except OSError:             # a folder that can only be read, or a file system without locks
+            except OSError:                 # a file system without locks
                 break
         yield
+    finally:
+        os.close(lock)
 
 
 class Journal:
@@ -1113,8 +1122,8 @@ def read_kept(path: Path, before: dict[str, str] | None = None, aside: bool = Tr
         fault, end = "was made from other codes or models than those that are kept now", "outdated"
     if aside:
         os.replace(path, path.with_name(f"{path.name}.{end}"))
-        print(f"warning: {path} {fault}; it is now {path.name}.{end}, and what it held is done again",
-              file=sys.stderr)
+    then = f"it is now {path.name}.{end}, and what it held is done again" if aside else "it is left out"
+    print(f"warning: {path} {fault}; {then}", file=sys.stderr)
     return None
 
 
@@ -1441,7 +1450,8 @@ def less_sft(found: list[dict[str, dict]]) -> str:
             hit = new - old                                                         # (U, 10)
             differences.append(torch.stack([hit.sum(1), hit @ gains[:hit.shape[1]]]))       # R@10, N@10
         per_user = torch.stack(differences).mean(0) if same else torch.cat(differences, 1)  # (2, U)
-        users, error = per_user.shape[1], per_user.std(1) / per_user.shape[1] ** 0.5
+        users = per_user.shape[1]
+        error = per_user.std(1, correction=min(1, users - 1)) / users ** 0.5
         recall, ndcg = (f"{mean:+.4f} ± {of:.4f}" for mean, of in zip(per_user.mean(1), error))
         whose = f"the same {users:,} users" if same else f"{users:,} users of {len(found)} runs"
         mean_of = f", mean of {len(found)} runs" if same and len(found) > 1 else ""
@@ -1551,13 +1561,16 @@ def finished(runs: Path, settings: type) -> list[Finished]:
                                         "made_from")}
             label = config.get("loss") or {"sasrec": "SASRec", "sft": "SFT"}[path.parent.name.split("-")[0]]
             ablated = ABLATED if label in ("db", "tb") else ()          # Table 2 has no others
+            made_from = {name: str(of) for name, of in dict(config.get("made_from", {})).items()
+                         if name in config and (name, config["dataset"]) != ("dataset", "toy")}    # a seed's
+            int(config["seed"])
         except (DataError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
             print(f"warning: {path.parent} is left out: its notes are damaged ({error!r})", file=sys.stderr)
             continue
         models.append(Finished(path.parts[-3], label, config,
                                {name: value for name, value in changed.items() if name not in ablated},
                                {name: value for name, value in changed.items() if name in ablated},
-                               test, config.get("made_from", {})))
+                               test, made_from))
     return models
 
 
@@ -1620,9 +1633,10 @@ def report(runs: Path, settings: type) -> str:
     for model in sorted(models, key=lambda model: model.label in ("SASRec", "SFT")):   # stand with the others
         if model in done or model.label == "SASRec":
             continue
-        members = [other for other in models if other.dataset == model.dataset and all(
-            of_other == {name: value for name, value in own.items() if name in other.config}
-            for of_other, own in ((other.common, model.common), (other.made_from, model.made_from)))]
+        whole = {**model.common, **model.made_from}             # of files the content counts, not the path
+        members = [other for other in models if other.dataset == model.dataset
+                   and {**other.common, **other.made_from} == {
+                       name: value for name, value in whole.items() if name in other.config}]
         command = f"python gflowgr.py {flags({'dataset': model.config['dataset'], **model.common})}"
         lines += [f"## {model.dataset}: `{command} ..`", "", *papers_tables(
             members, losses, {} if "codes" in model.common else PAPER_R10)]
@@ -1720,7 +1734,8 @@ def explain(error: Exception) -> str:
 def drop_unwritten(stream) -> None:
     """Forget what a stream cannot write, as to a full disk: Python would try again, and fail, at its end."""
     try:
-        stream.flush()
+        if stream is not None:              # closed from the start
+            stream.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

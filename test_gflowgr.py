@@ -1255,7 +1255,7 @@ def test_a_share_of_the_targets_gets_paths_from_as_many_rows_as_there_are(monkey
     for n, length, some, ends in ((12, 20, 10, 3), (128, 2, 32, 1), (40, 6, 30, 1), (1, 8, 1, 1)):
         tuning.loss(torch.randint(30, (n, length)), torch.randint(30, (n, length)), 0.5)
         assert asked == {False: (n, length), True: (some, ends)}
-    for length in range(1, 21):                                     # rounding takes nothing from the share
+    for length in range(1, 21):                                 # rounding takes nothing of a batch of 256
         n = 256 // length
         tuning.loss(torch.randint(30, (n, length)), torch.randint(30, (n, length)), 0.5)
         assert 0.118 < math.prod(asked[True]) / (n * length) < 0.131
@@ -1712,7 +1712,7 @@ def test_precision_is_what_the_device_can_do():
         datasets.compute_type(cpu, "fp16")
 
 
-def test_a_gpu_is_taken_where_there_is_one(monkeypatch):
+def test_a_gpu_is_taken_where_there_is_one(monkeypatch, capsys):
     taken = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -1737,6 +1737,12 @@ def test_a_gpu_is_taken_where_there_is_one(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(DataError, match="did not find each other .*RANK.*; start them by torchrun"):
         datasets.choose_device("cpu")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "1")                     # without the first one's address
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(DataError, match="did not find each other"):
+        datasets.choose_device("cpu")
+    assert capsys.readouterr().err.startswith("error: the processes did not find each other")
 
 
 @pytest.mark.parametrize("backend, error, leaves", [
@@ -2026,7 +2032,8 @@ def test_seeds_run_one_after_another_and_end_in_mean_and_spread(world, capsys):
             values = list(map(float, cells))
             assert len(values) == 3 and mean == pytest.approx(np.mean(values), abs=2e-4)
             assert spread == pytest.approx(np.std(values, ddof=1), abs=2e-4)
-    assert "Table 1" in run(capsys, "--seeds", "1,2,3", "--report").out
+    report = run(capsys, "--seeds", "1,2,3", "--report").out
+    assert report.count("## toy") == 1 and re.search(r"[|] tb [|] .* ± .*[|] 3 [|]", report)
     for wrong in ("1", "1,x", "1,,2", "-1,2"):
         assert "is not a list of two or more" in run(capsys, f"--seeds={wrong}", expect=1).err
     assert "choose one" in run(capsys, "--seeds", "1,2", "--finetune-seeds", "1,2", expect=1).err
@@ -2087,7 +2094,9 @@ def test_more_sft_stands_beside_a_method_where_it_is_kept(world, capsys):
         if kept["before"].get("sft"):
             torch.save({**kept, "before": {**kept["before"], "sft": "another"}}, path)
     found = run(capsys, "--loss", "tb")
-    assert "then sft" not in rows(found.out) and found.err == ""
+    assert "then sft" not in rows(found.out)
+    assert re.fullmatch("warning: .*checkpoint.pt was made from other codes or models .*; it is left out\n",
+                        found.err)
     assert sorted((world / "runs" / "toy").glob("sft-*/checkpoint.pt")) == paths
 
 
@@ -2674,6 +2683,7 @@ def test_output_that_nobody_can_take_is_one_sentence(tmp_path):
                               env=environment, text=True)
     assert done.returncode == 1
     assert done.stderr == "error: No space left on device; finished stages are kept, half-written ones not\n"
+    datasets.drop_unwritten(None)                               # no stream at all
 
 
 def test_files_that_change_during_a_run_are_read_once(world, capsys, monkeypatch):
@@ -2691,6 +2701,32 @@ def test_files_that_change_during_a_run_are_read_once(world, capsys, monkeypatch
     assert torch.equal(datasets.read_kept(kept)["codes"], every[:50])
     monkeypatch.setattr(g, "train_sasrec", train)
     assert "now kept" in run(capsys, "--codes", "own.json", "--loss", "sft").out      # by others: another key
+
+
+def test_a_locked_folder_is_waited_for_and_a_read_only_one_is_not(tmp_path, monkeypatch, capsys):
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".lock").chmod(0o444)                           # another user's: locked all the same
+    waits = []
+    with datasets.alone(tmp_path), monkeypatch.context() as patched:
+        patched.setattr(datasets.time, "sleep", waits.append)
+        patched.setattr(datasets, "print", lambda *text, **_: waits.append(text), raising=False)
+        patched.setattr(datasets.fcntl, "flock", functools.partial(gives_way, waits, datasets.fcntl.flock))
+        with datasets.alone(tmp_path):
+            pass
+    assert len(waits) == 10 and "waiting for its result" in waits[2][0]
+
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(datasets.os, "open", refuse)
+    with datasets.alone(tmp_path):
+        pass
+
+
+def gives_way(waits, flock, lock, how):
+    """flock, by a kernel that gives the lock after 9 attempts whoever has it."""
+    if len(waits) < 10:
+        flock(lock, how)
 
 
 def test_what_is_kept_is_looked_at_under_the_lock(world, capsys, monkeypatch):
@@ -2854,6 +2890,8 @@ def test_report_keeps_other_data_and_other_codes_apart(world, capsys):
         (world / "own.json").write_text(datasets.format_codes(codes))
         out = run(capsys, "--dataset", "a/Beauty", "--loss", "sft", "--codes", "own.json").out
         assert "0.0558" not in out
+    shutil.copy("own.json", "same.json")
+    run(capsys, "--dataset", "a/Beauty", "--loss", "tb", "--codes", "same.json")
     sections = run(capsys, "--report").out.split("## Beauty")[1:]
     assert sorted("[0.0558]" in part for part in sections) == [False, False, True, True]    # by its own codes
     assert all(line.endswith("| 1 |") for part in sections for line in part.splitlines()
@@ -2874,7 +2912,8 @@ def test_report_reads_what_runs_have_kept(world, capsys):
         assert run(capsys, "--report").err.count("is left out: its notes are damaged") == 1
         notes.write_bytes(whole)
     shutil.copytree(sft, sft.with_name("old-sft"))
-    for content in ("{}", "[]", '{"dataset": []}', "{"):
+    for content in ("{}", "[]", '{"dataset": []}', "{", '{"dataset": "toy"}',
+                    '{"dataset": "toy", "seed": [1]}', '{"dataset": "toy", "seed": 1, "made_from": null}'):
         (sft / "config.json").write_text(content)
         found = run(capsys, "--report")
         assert found.err.count("is left out: its notes are damaged") == found.err.count("\n") == 2
@@ -2918,7 +2957,7 @@ def rough_world(folder, chance):
 def rough_settings(chance):
     """Settings that each are allowed; whether they go together is for the program to say."""
     options = {"loss": list(g.METHODS), "backbone": ["tiger", "letter"], "levels": [1, 2, 4], "k": [1, 2, 9],
-               "codebook-size": [1, 2, 16], "code-epochs": [1, 5], "beam": [20, 21, 60], "batch": [1, 7, 1000],
+               "codebook-size": [1, 2, 16], "code-epochs": [1, 5], "beam": [20, 60], "batch": [1, 7, 1000],
                "reward": ["aug,cf,sim", "aug", "sim"], "sampler": ["curriculum", "random", "none"],
                "z": ["user", "scalar"], "max-history": [1, 2, 20], "sasrec-length": [1, 50], "group": [2, 5],
                "sasrec-pool": [1, 10, 50000], "pool": [1, 10, 512], "negatives": [1, 3],
