@@ -59,7 +59,7 @@ class Config(datasets.RunSettings):
     sasrec_layers: int = knob(2, "sasrec", "layers of SASRec [ours]")
     sasrec_heads: int = knob(2, "sasrec", "attention heads of SASRec [ours]")
     sasrec_dropout: float = knob(0.4, "sasrec", "dropout of SASRec [ours]", below=1)
-    sasrec_length: int = knob(50, "sasrec", "items of a window in SASRec's training, or max_history [ours]")
+    sasrec_length: int = knob(50, "sasrec", "items of a window in SASRec's training, >= max_history [ours]")
     sasrec_batch: int = knob(768, "sasrec", "targets in a SASRec batch, at most [ours]")
     sasrec_lr: float = knob(1e-3, "sasrec", "peak learning rate of SASRec [ours]")
     sasrec_pool: int = knob(50_000, "sasrec", "items a step ranks; of a larger catalogue, a sample [ours]")
@@ -669,7 +669,7 @@ METHODS = {
                   lambda y, c: ppo(*y.drawn(), y.log_flow[:, 0, 0], c.clip, c.kl)),
     "grpo": Method("draws", lambda c: c.group, ("share", "reward", "policy"), 2.5,
                    lambda y, c: grpo(*y.drawn(), c.clip, c.kl)),
-    # Two controls, not the paper's: label smoothing, and distillation of SASRec at the observed path's nodes.
+    # Two controls of ours: label smoothing, and distillation of SASRec, at the nodes of the observed path.
     "smooth": Method("none", lambda c: 0, ("smoothing",), 1.0, lambda y, c: torch.lerp(
                      sft(y.log_pf[:, 0]), sft(y.mean_log[:, 0]), c.smoothing),
                      flow=lambda trie, scores: torch.ones_like(trie.code).float().expand(len(scores), -1)),
@@ -745,7 +745,7 @@ class FineTuning:
         real = real if ends is None else real[:, ends]              # of a few ends perhaps none
         memory = memory or catalogue.read(model, history, ends)
         log_pf, log_flow, mean_log = path_log_probs(model, catalogue, memory, paths.items, paths.flow)
-        log_flow = log_flow + paths.log_known       # the head learns the rest: from 0 it had Z to reach first
+        log_flow = log_flow + paths.log_known       # the head learns the rest; from 0 it would learn Z first
         if "gflownet" in method.groups and self.cfg.z == "scalar":
             log_z = 10 * (model.scalar_z - 1) + math.log(len(catalogue.codes))      # log N at first; 10: rate
             log_flow = torch.cat([log_z.expand_as(log_flow[..., :1]), log_flow[..., 1:]], -1)
@@ -764,7 +764,7 @@ class FineTuning:
             memory = None if self.reference is not None else self.catalogue.read(self.model, history, ends)
             loss = self.term(METHODS["sft"], history, target, progress, ends, memory)
         if self.reference is not None and method.source != "none":
-            self.model.eval()       # p / p_ref is not to compare dropout masks; `fit` calls train() again
+            self.model.eval()       # dropout's noise would enter p / p_ref; `fit` calls train() again
         if "share" in method.groups:        # few targets of many rows: those of one user are much alike
             n_ends = target[0].numel()
             q = torch.randperm(n_ends, device=history.device)[:math.ceil(cfg.share * n_ends)]
