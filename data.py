@@ -135,8 +135,8 @@ class SafeRedirects(urllib.request.HTTPRedirectHandler):
 
 def fetch(url: str, timeout: float = 30.0, most: int = 1 << 28, patience: float = 1800.0) -> bytes:
     """The body behind `url`, with a progress bar, through the proxy that the environment names. Raises
-    OSError, http.client.HTTPException, which a body shorter than its announced length is, too, or ValueError
-    where headers make no sense. timeout: seconds of silence; patience: seconds in all; most: bytes."""
+    OSError; http.client.HTTPException, also for a body shorter than announced; ValueError where the headers
+    make no sense. timeout: seconds of silence; patience: seconds in all; most: bytes."""
     opener = urllib.request.build_opener(SafeRedirects)
     with opener.open(url, timeout=timeout) as response:
         size, chunks, received = int(response.headers.get("Content-Length") or 0), [], 0
@@ -805,7 +805,7 @@ class Run:
         self.valid_rows = order[:cfg.valid_users].sort().values
         self.needs_of, self.needs, self.results, self.sums = needs, needs(cfg), {}, {}
         self.fit, self.metrics = fit, metrics
-        if cfg.fresh and not rank:              # nothing is wrong with the settings
+        if cfg.fresh and not rank:              # only now: a command that is refused removes nothing
             self.forget()
         print(self.title(), flush=True)
         self.name_unused()
@@ -987,9 +987,13 @@ def alone(folder: Path) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
+    lock = None
     try:
         lock = os.open(folder / ".lock", os.O_RDONLY | os.O_CREAT, 0o666)       # may be another user's
-    except PermissionError:                 # a folder that can only be read: nothing is made in it
+    except OSError as error:                # a folder that can only be read: nothing is made in it
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+    if lock is None:
         yield
         return
     try:

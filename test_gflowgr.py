@@ -2715,11 +2715,15 @@ def test_a_locked_folder_is_waited_for_and_a_read_only_one_is_not(tmp_path, monk
             pass
     assert len(waits) == 10 and "waiting for its result" in waits[2][0]
 
-    def refuse(*_):
-        raise PermissionError
+    def refuse(reason, *_):
+        raise OSError(reason, "no")
 
-    monkeypatch.setattr(datasets.os, "open", refuse)
-    with datasets.alone(tmp_path):
+    for reason in (errno.EACCES, errno.EROFS):
+        monkeypatch.setattr(datasets.os, "open", functools.partial(refuse, reason))
+        with datasets.alone(tmp_path):
+            pass
+    monkeypatch.setattr(datasets.os, "open", functools.partial(refuse, errno.ENOSPC))
+    with pytest.raises(OSError), datasets.alone(tmp_path):      # there the stage could not be kept, either
         pass
 
 
