@@ -1,4 +1,4 @@
-"""GFlowGR in one file: fine-tuning generative recommenders with generative flow networks (arXiv 2506.16114).
+"""GFlowGR in one file: fine-tuning generative recommenders by generative flow networks (arXiv 2506.16114v1).
 
 A generative recommender writes an item as a short path of codes, so it is a policy on a tree whose leaves are
 the items. Trained on clicks alone (SFT), it takes all else for negative. GFlowGR adds paths of unclicked
@@ -45,12 +45,12 @@ class Config(datasets.RunSettings):
     """What flags set, beside data.py's. [paper]: as the paper, TIGER or LETTER has it; [ours]: our choice."""
     backbone: str = knob("tiger", "backbone", "TIGER's RQ-VAE, or LETTER's", ("tiger", "letter"))
     codes: str = knob("", "backbone", "ready codes: a NAME.index.json; letter: those that LETTER published")
-    levels: int = knob(3, "codes", "codebooks; one more code tells twins apart [paper]", below=26)
+    levels: int = knob(3, "codes", "codebooks, LETTER: 4; one more code tells twins apart [paper]", below=26)
     codebook_size: int = knob(256, "codes", "codes per level, C [paper]")
     code_dim: int = knob(32, "codes", "dimensions of a code vector [paper]")
     commitment: float = knob(0.25, "codes", "weight of the commitment loss [paper]")
     code_epochs: int = knob(250, "codes", "passes of the RQ-VAE over the items [ours]")
-    alignment: float = knob(0.1, "letter", "weight of LETTER's alignment with SASRec's item vectors [paper]")
+    alignment: float = knob(0.1, "letter", "weight of alignment with SASRec; LETTER's script: 0.01 [ours]")
     even_codes: float = knob(1e-4, "letter", "weight of LETTER's diversity of codes [paper]")
     temperature: float = knob(0.7, "temperature", "of LETTER's softmax, 0.7 to 1 [paper]", low=0.01)
     max_history: int = knob(20, "training", "items of a history that the models see [paper]")
@@ -60,7 +60,7 @@ class Config(datasets.RunSettings):
     sasrec_heads: int = knob(2, "sasrec", "attention heads of SASRec [ours]")
     sasrec_dropout: float = knob(0.4, "sasrec", "dropout of SASRec [ours]", below=1)
     sasrec_length: int = knob(50, "sasrec", "items of a window in SASRec's training, >= max_history [ours]")
-    sasrec_batch: int = knob(768, "sasrec", "targets in a SASRec batch, at most [ours]")
+    sasrec_batch: int = knob(768, "sasrec", "targets in a SASRec batch, at most, or one row [ours]")
     sasrec_lr: float = knob(1e-3, "sasrec", "peak learning rate of SASRec [ours]")
     sasrec_pool: int = knob(50_000, "sasrec", "items a step ranks; of a larger catalogue, a sample [ours]")
     sasrec_epochs: int = knob(30, "sasrec", "passes over the users' sequences [ours]")
@@ -72,16 +72,16 @@ class Config(datasets.RunSettings):
     dropout: float = knob(0.1, "sft", "dropout of the generator [paper]", below=1)
     beam: int = knob(20, "sft", "beams of the constrained search, W; R@20 needs 20 [paper]", low=20)
     encoder: str = knob("causal", "sft", "items see those before [ours], or all [paper]", ("causal", "full"))
-    batch: int = knob(256, "sft", "targets in a batch, at most [ours]")
+    batch: int = knob(256, "sft", "targets in a batch, at most, or one row [ours]")
     lr: float = knob(0.02, "sft", "peak rate of AdamW, relative to a weight's size [ours]")
     sft_epochs: float = knob(20.0, "sft", "passes over the training pairs by SFT [ours]", low=0.001)
     loss: str = knob("tb", "finetune", "fine-tuning method; sft goes on with SFT",
                      ("sft", "db", "tb", "dpo", "sdpo", "sprec", "ipa", "ppo", "grpo", "smooth", "exact"))
     from_scratch: bool = knob(False, "finetune", "fine-tune an untrained generator, for both trainings' time")
-    finetune_epochs: float = knob(3.0, "finetune", "length, in time of so many SFT passes [ours]", low=1e-3)
+    finetune_epochs: float = knob(3.0, "finetune", "length: the time of so many SFT passes [ours]", low=1e-3)
     finetune_lr: float = knob(0.003, "finetune", "peak rate of AdamW in the fine-tuning [ours]")
     lam: float = knob(0.01, "lambda", "lambda of Eq. 7, weight of what tb, db and ipa add [ours]")
-    share: float = knob(0.125, "share", "of targets, in losses of more paths [ours]", low=1e-3, below=1.001)
+    share: float = knob(0.125, "share", "share of targets with further paths [ours]", low=1e-3, below=1.001)
     pool: int = knob(512, "pool", "random items that unclicked ones are chosen from, per batch [ours]")
     reward: str = knob("aug,cf,sim", "reward", "parts of the reward [paper]",
                        ("aug,cf,sim", "aug,cf", "aug,sim", "cf,sim", "aug", "cf", "sim"))
@@ -96,7 +96,7 @@ class Config(datasets.RunSettings):
     beta: float = knob(1.0, "beta", "beta of dpo, sdpo and ipa [paper]")
     negatives: int = knob(3, "negatives", "random negatives of sdpo [paper]")
     sprec_beta: float = knob(0.1, "sprec", "beta of sprec [paper]")
-    iterations: int = knob(5, "sprec", "self-play iterations of sprec [paper]")
+    iterations: int = knob(5, "sprec", "self-play iterations of sprec, of two steps or more [paper]")
     group: int = knob(16, "policy", "draws from the policy for each history, of ppo and grpo [paper]", low=2)
     clip: float = knob(0.2, "policy", "how far the ratio of ppo and grpo may leave 1 [paper]")
     kl: float = knob(1e-3, "policy", "weight of the KL to the reference in ppo and grpo [paper]")
@@ -642,7 +642,7 @@ class Paths(NamedTuple):
 
 class Method(NamedTuple):
     """A way of fine-tuning: where paths beside the observed one come from, and the objective put on all."""
-    source: str             # random, curriculum: sampled items; beam, draws: by `old`; none, all: no others
+    source: str             # random, curriculum: sampled items; beam, draws: by `old`; none; all: only scores
     paths: Callable         # Config -> how many of those
     groups: tuple           # of settings that it has
     cost: float             # time of its step over SFT's, about what was measured (README)
@@ -661,7 +661,7 @@ METHODS = {
                   lambda y, c: dpo(*y.log_ratios(), c.beta)),
     "sdpo": Method("random", lambda c: c.negatives, ("pool", "share", "beta", "negatives"), 0.9,
                    lambda y, c: dpo(*y.log_ratios(), c.beta)),
-    "sprec": Method("draws", lambda c: 1, ("share", "sprec"), 1.0,  # clicked ones left out
+    "sprec": Method("draws", lambda c: 1, ("share", "sprec"), 1.0,  # [ours]: draws, no clicks; p_ref: `old`
                     lambda y, c: (y.items[:, 0] != y.items[:, 1]) * dpo(*y.log_ratios(), c.sprec_beta)),
     "ipa": Method("beam", lambda c: c.beam, ("lambda", "share", "reward", "beta"), 3.4,
                   lambda y, c: c.lam * ipa(y.log_ratios()[1], y.reward[:, 1:], c.beta), with_sft=True),
@@ -723,7 +723,7 @@ class FineTuning:
         r_cs = r_all.gather(1, items)
         r_sim = shared_codes(catalogue.codes[items][..., :catalogue.semantic])
         min_max = collaborative_score(scores).gather(1, items) if scored and cfg.scale != "minmax" else r_cs
-        weight = confidence(r_aug, min_max) if cfg.confidence else torch.ones_like(r_cs)  # softmax: clicks ~0
+        weight = confidence(r_aug, min_max) if cfg.confidence else torch.ones_like(r_cs)  # whatever --scale
         known = self.log_known(r_all, items) if "gflownet" in method.groups else 0.0
         flow = method.flow and method.flow(catalogue.trie, scores)
         return Paths(items, reward(r_aug, r_cs, r_sim, cfg.reward), weight, known, flow, log_old, log_ref)
