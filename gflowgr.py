@@ -723,7 +723,7 @@ class FineTuning:
         r_cs = r_all.gather(1, items)
         r_sim = shared_codes(catalogue.codes[items][..., :catalogue.semantic])
         min_max = collaborative_score(scores).gather(1, items) if scored and cfg.scale != "minmax" else r_cs
-        weight = confidence(r_aug, min_max) if cfg.confidence else torch.ones_like(r_cs)  # softmax: clicks' ~0
+        weight = confidence(r_aug, min_max) if cfg.confidence else torch.ones_like(r_cs)  # softmax: clicks ~0
         known = self.log_known(r_all, items) if "gflownet" in method.groups else 0.0
         flow = method.flow and method.flow(catalogue.trie, scores)
         return Paths(items, reward(r_aug, r_cs, r_sim, cfg.reward), weight, known, flow, log_old, log_ref)
