@@ -55,7 +55,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-with contextlib.suppress(ImportError):      # Windows has none: there two runs at once do the same work twice
+with contextlib.suppress(ImportError):      # Windows has none: there only one run may be at work in a folder
     import fcntl
 
 BASE_URL = ("https://raw.githubusercontent.com/HonghuiBao2000/LETTER/"
@@ -113,7 +113,7 @@ def git_blob_id(content: bytes) -> str:
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write a file so that it appears whole or not at all, whatever goes wrong on the way."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{os.urandom(8).hex()}.part")    # containers may share process ids
     try:
         with open(part, "wb") as file:
             file.write(content)
@@ -500,6 +500,8 @@ def read_vectors(path: Path, n_items: int) -> torch.Tensor:
         raise DataError(f"{path} does not exist or is not a file; --item-vectors names a .npy file")
     try:
         vectors = np.load(path, allow_pickle=False)
+    except MemoryError:
+        raise
     except Exception as error:  # numpy fails in many ways on a damaged file; to the user each means the same
         why = "" if "pickle" in str(error) else f" ({error})"       # numpy would have it loaded unsafely
         raise DataError(f"{path} is not a .npy file of numbers, as numpy.save writes one{why}") from None
@@ -510,9 +512,9 @@ def read_vectors(path: Path, n_items: int) -> torch.Tensor:
     wrong = np.flatnonzero(~np.isfinite(vectors).all(1))
     if len(wrong):
         raise DataError(f"{path}: row {wrong[0]} is not finite ({len(wrong)} such rows); items need numbers")
-    vectors = vectors.astype(np.float64)
-    vectors = torch.from_numpy(vectors / max(np.abs(vectors).max(), 1e-300)).float()    # of any scale
-    return vectors / vectors.square().mean().sqrt().clamp(min=1e-12)
+    vectors = vectors.astype(np.float64)        # by numpy: the same bits, so the same key, with any threads
+    vectors /= max(np.abs(vectors).max(), 1e-300)                                       # of any scale
+    return torch.from_numpy(vectors / max(np.sqrt(np.square(vectors).mean()), 1e-12)).float()
 
 
 def format_codes(codes: torch.Tensor) -> str:
@@ -542,15 +544,15 @@ def read_codes(path: Path, n_items: int) -> torch.Tensor:
 # ---------------------------------------------------------------------------- device, optimiser, processes
 
 def compute_type(device: torch.device, wanted: str) -> torch.dtype:
-    """The type of the matrix products: what is wanted, else bf16 where the processor has it, else fp16 on
-    CUDA and float32 on a CPU. Raises DataError for fp16 on a CPU."""
+    """The type of the matrix products: what is wanted, else bf16 where the GPU or, on Linux, an x86 processor
+    has it, else fp16 on CUDA and float32 on a CPU. Raises DataError for fp16 on a CPU."""
     if wanted == "fp16" and device.type == "cpu":
         raise DataError("--precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
     if wanted != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[wanted]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    with contextlib.suppress(OSError):          # only Linux tells; float32 is right everywhere
+    with contextlib.suppress(OSError):          # float32 is right everywhere
         if re.search(r"\b(amx_bf16|avx512_bf16)\b", Path("/proc/cpuinfo").read_text()):
             return torch.bfloat16
     return torch.float32
@@ -567,10 +569,11 @@ def keep_memory() -> None:
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raises DataError where torch.compile has nothing to compile with."""
-    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
-        raise DataError("--compile needs a C++ compiler, g++ or clang++, on the PATH; install one "
-                        "or leave --compile out")
+    """Raises DataError where torch.compile has nothing to compile with: it looks for no other than these."""
+    default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if device.type == "cpu" and not shutil.which(compiler := os.environ.get("CXX", default)):
+        raise DataError(f"--compile needs a C++ compiler, and {compiler} is not on the PATH; install it, "
+                        "name another one in CXX, or leave --compile out")
     if device.type == "cuda" and not importlib.util.find_spec("triton"):
         raise DataError("--compile needs triton, which comes with torch's CUDA builds on Linux; install it "
                         "or leave --compile out")
@@ -578,7 +581,8 @@ def check_compiler(device: torch.device) -> None:
 
 def processes() -> tuple[int, int]:
     """The rank of this process and how many there are, as torchrun tells each that it starts."""
-    return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+    world = int(os.environ.get("WORLD_SIZE") or 1)
+    return int(os.environ.get("RANK") or 0) if world > 1 else 0, world
 
 
 class Nowhere(io.StringIO):
@@ -593,7 +597,7 @@ def quiet() -> bool | None:
 def choose_device(wanted: str) -> torch.device:
     """The device that --device names; of several processes each takes its own GPU, and joins the others.
     Raises DataError."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", wanted):
+    if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]*))?", wanted):
         raise DataError(f"--device {wanted} is not auto, cpu, cuda or cuda:N")
     several = processes()[1] > 1
     if wanted == "auto":
@@ -631,7 +635,7 @@ def join(device: torch.device) -> None:
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0][:150]
         wrong = f"the processes did not find each other ({reason}); start them by torchrun"
-        if processes()[0]:                  # of a DataError the first process alone would speak
+        if processes()[0] and os.environ.get("LOCAL_RANK") != "0":      # of a DataError these do not speak
             print(f"error: {wrong}", file=sys.stderr)
         raise DataError(wrong) from None
 
@@ -759,7 +763,7 @@ def graphed(model: torch.nn.Module, loss_of: Callable, dtype=torch.float32) -> C
 
 class Run:
     """One command: its settings, device, data, and its stages, each done once and then kept in a folder
-    RUNS/DATASET/STAGE-HASH.
+    RUNS/DATASET/STAGE-HASH, or LOSS-HASH of a fine-tuning.
 
     The hash is made of just those settings and inputs that the stage depends on, so a change of one setting
     does only those stages again that it can change. cfg: a dataclass, its fields' metadata name a "group";
@@ -834,9 +838,9 @@ class Run:
             raise DataError(f"--sasrec-dim {self.cfg.sasrec_dim} is no multiple of --sasrec-heads "
                             f"{self.cfg.sasrec_heads}")
         longest = min(self.cfg.max_history, int(self.data.offsets.diff().max()) - 3)
-        unclicked = max(0, min(self.cfg.pool, self.data.n_items) - longest - 1)
-        if k > unclicked:
-            raise DataError(f"each history needs {k} unclicked items, and only {unclicked} items of a pool "
+        available = max(0, min(self.cfg.pool, self.data.n_items) - longest - 1)
+        if k > available:
+            raise DataError(f"each history needs {k} unclicked items, and only {available} items of a pool "
                             f"of {self.cfg.pool} are surely unclicked; change --k, --negatives, "
                             "--max-history or --pool, or use --sampler none")
 
@@ -979,33 +983,42 @@ class Run:
             write_atomically(index, content)
 
 
+def open_lock(path: Path) -> int | None:
+    """A descriptor of a lock's file, for writing where it may be: NFS locks no other. None where there is
+    none and the folder can only be read."""
+    for access in (os.O_RDWR, os.O_RDONLY):                     # another user's can only be read
+        try:
+            return os.open(path, access | os.O_CREAT, 0o666)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+    return None
+
+
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Work in a folder while no other process does: one that comes later waits. However the first one ends,
-    the kernel then takes the lock from it, so nobody waits for the dead."""
+    the kernel then takes the lock from it, so nobody waits for the dead; what it had half written goes."""
     if processes()[0] or "fcntl" not in globals():
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    lock = None
-    try:
-        lock = os.open(folder / ".lock", os.O_RDONLY | os.O_CREAT, 0o666)       # may be another user's
-    except OSError as error:                # a folder that can only be read: nothing is made in it
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-    if lock is None:
+    lock = open_lock(folder / ".lock")
+    if lock is None:                        # nothing is made in it
         yield
         return
     try:
         for attempt in itertools.count():
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for part in folder.glob("*.pt.*.part"):     # of a run that was killed while it wrote
+                    part.unlink()
                 break
             except BlockingIOError:
                 if attempt == 2:            # who only looks at what is kept is soon gone
                     print(f"another run is at work in {folder}: waiting for its result", flush=True)
                 time.sleep(0.2)
-            except OSError:                 # a file system without locks
+            except OSError:                 # a file system without locks, or a part of another user
                 break
         yield
     finally:
@@ -1026,8 +1039,6 @@ class Journal:
         self.folder, self.every, self.afterwards, self.before, found = folder, every, afterwards, before, None
         self.writes, self.lines = folder is not None and processes()[0] == 0, None
         if self.writes:
-            for part in folder.glob("*.pt.*.part"):      # of a run that was killed while it wrote
-                part.unlink()
             found = read_kept(self.snapshot, before)
         self.found = of_the_first(found)
         self.started = self.saved = time.perf_counter()
@@ -1131,12 +1142,6 @@ def read_kept(path: Path, before: dict[str, str] | None = None, aside: bool = Tr
     return None
 
 
-def read_config(folder: Path) -> dict:
-    """The settings that a stage's folder tells of. Raises DataError."""
-    config = read_json(folder / "config.json")
-    return {"encoder": "full", **config} if "d_model" in config else config     # of before there was another
-
-
 def read_generator(folder: Path, settings: type, history: list[int], k: int) -> tuple:
     """A finished generator of a run's folder: its settings, what was kept of it, and the history as a list.
     Raises DataError, too where k items after a history are more than its catalogue can answer."""
@@ -1145,7 +1150,7 @@ def read_generator(folder: Path, settings: type, history: list[int], k: int) -> 
     if not {"codes", "state"} <= result.keys():
         raise DataError(f"{folder} holds no finished generator, or a damaged one; name a folder as "
                         "runs/Beauty/tb-0123456789")
-    n_items, config = len(result["codes"]), read_config(folder)
+    n_items, config = len(result["codes"]), read_json(folder / "config.json")
     try:
         history, k = list(map(operator.index, history)), operator.index(k)
     except TypeError:
@@ -1200,7 +1205,7 @@ class Progress(contextlib.ExitStack):
         super().__init__()
         self.title, self.steps, self.journal, self.checks = title, steps, journal, checks
         self.parts = {name: part for name, part in parts.items() if part is not None}
-        self.first, self.signals, self.best, self.latest, self.checked = 0, [], {}, {}, []
+        self.first, self.signals, self.validated, self.check_seconds = 0, [], {}, []
 
     def __enter__(self) -> Progress:
         super().__enter__()
@@ -1246,7 +1251,7 @@ class Progress(contextlib.ExitStack):
         """After a step: its loss and, where the model was validated, its metrics; best: the best state so far
         and its score. Raises DataError where the training has broken down, and Stopped."""
         last, self.last = self.last, time.perf_counter()
-        self.checked += [self.last - last] * bool(metrics)      # seconds of the steps that were validated
+        self.check_seconds += [self.last - last] * bool(metrics)        # of steps that were validated
         if step % 50 == 0 or metrics or step == self.steps:     # not always: it waits for the device
             self.report(step, average(loss), metrics)
         number = of_any(max(self.signals, default=0))       # all processes stop after the same step
@@ -1279,9 +1284,9 @@ class Progress(contextlib.ExitStack):
 
     def left(self, step: int) -> str:
         """The time until this training and the next, which has as many validations, have ended."""
-        n, took = len(self.checked), self.last - self.began
-        pace = (took - sum(self.checked)) / max(step - self.first - n, 1)       # seconds of a step alone
-        check = sum(self.checked) / n - pace if n else 0.0                      # and of a validation
+        n, took, checks = len(self.check_seconds), self.last - self.began, sum(self.check_seconds)
+        pace = (took - checks) / max(step - self.first - n, 1)                  # seconds of a step alone
+        check = checks / n - pace if n else 0.0                                 # and of a validation
         ahead = sum(other > step for other in self.checks)
         times = self.journal.afterwards         # how much longer the next training takes
         after = times * self.steps * pace + len(self.checks) * check if times else 0.0
@@ -1290,19 +1295,20 @@ class Progress(contextlib.ExitStack):
     def report(self, step: int, loss: float, metrics: dict) -> None:
         """Note it, and show it on the bar or, where there is none, in a line."""
         self.check_finite(step, loss)
+        skipped = {}
         if self.parts["scaler"].is_enabled():       # a fused optimiser counts only the steps that it took
             counts = [state["step"] for state in self.parts["optimiser"].state.values()]
-            self.latest["skipped for overflow in fp16"] = step - int(torch.stack(counts).max())
+            skipped["skipped for overflow in fp16"] = step - int(torch.stack(counts).max())
         known = {"loss": loss} if np.isfinite(loss) else {}
-        self.journal.log({"step": step, **known, **self.latest, **metrics})
+        self.journal.log({"step": step, **known, **skipped, **metrics})
         left = self.left(step)
         if metrics:
-            self.best = {"valid N@10": f"{metrics['N@10']:.4f}"}
+            self.validated = {"valid N@10": f"{metrics['N@10']:.4f}"}
             if self.bar.disable:                                                    # piped output has no bar
                 print(f"  {self.title} step {step:,} of {self.steps:,}: loss {loss:.3f}, "
                       f"valid N@10 {metrics['N@10']:.4f}, about {left} left", flush=True)
         after = {"with the next": left} if self.journal.afterwards else {}
-        self.bar.set_postfix({"loss": f"{loss:.3f}", **self.best, **self.latest, **after})
+        self.bar.set_postfix({"loss": f"{loss:.3f}", **self.validated, **skipped, **after})
 
 
 # ----------------------------------------------------------------------------------------- results to read
@@ -1556,7 +1562,7 @@ def finished(runs: Path, settings: type) -> list[Finished]:
             last = noted(path.parent)[-1:]
             if not last or "test" not in last[0]:
                 continue
-            config = read_config(path.parent)
+            config = read_json(path.parent / "config.json")
             test = {name: float(last[0]["test"][name]) for name in ("R@5", "R@10", "N@5", "N@10")}
             default = {f.name: f.default for f in dataclasses.fields(settings)}
             default.update(PRESETS.get(config["dataset"], {}))
@@ -1634,8 +1640,8 @@ def report(runs: Path, settings: type) -> str:
         raise DataError(f"{runs} holds no finished training; train first, or name another --runs-dir")
     losses = next(f.metadata["choices"] for f in dataclasses.fields(settings) if f.name == "loss")
     done = []
-    for model in sorted(models, key=lambda model: model.label in ("SASRec", "SFT")):   # stand with the others
-        if model in done or model.label == "SASRec":
+    for model in sorted(models, key=lambda model: {"SFT": 1, "SASRec": 2}.get(model.label, 0)):
+        if model in done:                                       # SFT and SASRec stand with the others
             continue
         whole = {**model.common, **model.made_from}             # of files the content counts, not the path
         members = [other for other in models if other.dataset == model.dataset
@@ -1746,8 +1752,8 @@ def drop_unwritten(stream) -> None:
 
 def guarded(command: Callable[[], str]) -> int:
     """Run a command, print what it returns or one sentence of what went wrong; returns the exit code: 0, 1
-    for bad input, 130 for Ctrl-C, 143 for SIGTERM. Of several processes the first alone speaks; a fault of
-    another's machine is its own to tell."""
+    for bad input, 130 for Ctrl-C, 143 for SIGTERM. Of several processes the first of a machine speaks of the
+    input, and each of faults of its own."""
     leads, together = processes()[0] == 0, False
     for stream in (sys.stdout, sys.stderr):     # what a terminal has no letters for is shown as ?
         with contextlib.suppress(AttributeError):
@@ -1759,7 +1765,8 @@ def guarded(command: Callable[[], str]) -> int:
         return 0
     except (DataError, OSError, MemoryError, RuntimeError) as error:
         cut_off = re.search("gloo|NCCL|Connection", str(error))             # from a process that ended first
-        if leads or not (cut_off or isinstance(error, DataError)):
+        first = os.environ.get("LOCAL_RANK") == "0"
+        if leads or not cut_off and (first or not isinstance(error, DataError)):
             print(explain(error), file=sys.stderr)
         drop_unwritten(sys.stdout)
         return 1

@@ -228,6 +228,16 @@ def test_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
     assert files_under(tmp_path) == []
 
 
+def test_two_writers_of_one_file_do_not_meet(tmp_path, monkeypatch):
+    def meanwhile(_):
+        monkeypatch.setattr(datasets.os, "fsync", lambda _: None)
+        datasets.write_atomically(tmp_path / "file", b"other")      # by another process of the same number
+
+    monkeypatch.setattr(datasets.os, "fsync", meanwhile)
+    datasets.write_atomically(tmp_path / "file", b"content")
+    assert files_under(tmp_path) == ["file"] and (tmp_path / "file").read_bytes() == b"content"
+
+
 # ------------------------------------------------------------------------------------------- data: loading
 
 @pytest.mark.parametrize("inter, item, words", [
@@ -358,6 +368,29 @@ def test_unreadable_item_vectors(tmp_path):
         (tmp_path / "v.npy").write_bytes(content)
         with pytest.raises(DataError, match="is not a .npy file of numbers"):
             datasets.read_vectors(tmp_path / "v.npy", 3)
+
+
+def test_item_vectors_have_the_same_bits_with_any_number_of_threads(tmp_path):
+    found, threads = [], torch.get_num_threads()
+    try:
+        for i, n in itertools.product(range(6), (1, 2)):        # their hash is part of each key
+            np.save(tmp_path / "v.npy", np.random.default_rng(i).normal(size=(2000, 64)))
+            torch.set_num_threads(n)
+            found.append(datasets.read_vectors(tmp_path / "v.npy", 2000))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, found[::2], found[1::2]))
+    assert found[0].square().mean().item() == pytest.approx(1)
+
+
+def test_item_vectors_that_memory_cannot_hold_are_called_so(monkeypatch, tmp_path, capsys):
+    def no_memory(*_, **__):
+        raise MemoryError("Unable to allocate 7 TiB")
+
+    (tmp_path / "v.npy").touch()
+    monkeypatch.setattr(np, "load", no_memory)
+    assert datasets.guarded(lambda: datasets.read_vectors(tmp_path / "v.npy", 5)) == 1
+    assert "not enough memory (Unable to allocate 7 TiB)" in capsys.readouterr().err
 
 
 def test_item_vectors_of_any_scale_are_the_same(tmp_path):
@@ -2190,6 +2223,20 @@ sys.exit(code)""")
     assert again.stdout.count("kept from before") == 4 and table(again.stdout) == table(both.stdout)
 
 
+def test_each_machine_speaks_of_its_input_once(monkeypatch, capsys):
+    def command():
+        raise DataError("no such file")
+
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank, local in (("0", "0"), ("1", "1"), ("2", "0"), ("3", "1")):        # two machines
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local)
+        assert datasets.guarded(command) == 1
+        assert capsys.readouterr().err == "error: no such file\n" * (local == "0")
+    monkeypatch.delenv("WORLD_SIZE")
+    assert datasets.processes() == (0, 1)                   # a RANK alone is left over from something else
+
+
 def test_several_processes_report_a_mistake_once(tmp_path):
     result = command(tmp_path, "--dataset", "nowhere", processes=2)
     assert result.returncode == 1 and result.stderr.count("unknown dataset 'nowhere'") == 1
@@ -2212,8 +2259,18 @@ def test_all_processes_stop_together_whoever_is_told(tmp_path):
 
 
 def test_a_missing_compiler_is_said(world, capsys, monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert "--compile needs a C++ compiler" in run(capsys, "--compile", "--device", "cpu", expect=1).err
+    monkeypatch.setattr(shutil, "which", {"clang++": "/bin/clang++", "cl": "cl.exe"}.get)
+    flags = ["--compile", "--device", "cpu"]
+    monkeypatch.delenv("CXX", raising=False)
+    assert "--compile needs a C++ compiler, and g++ is not on" in run(capsys, *flags, expect=1).err
+    monkeypatch.setenv("CXX", "icpx")                           # torch then asks for no other
+    assert "a C++ compiler, and icpx is not on" in run(capsys, *flags, expect=1).err
+    monkeypatch.setenv("CXX", "clang++")
+    datasets.check_compiler(torch.device("cpu"))
+    monkeypatch.delenv("CXX")
+    for system in ("darwin", "win32"):
+        monkeypatch.setattr(sys, "platform", system)
+        datasets.check_compiler(torch.device("cpu"))
 
 
 def test_a_catalogue_of_fewer_items_than_a_list_is_ranked_whole(world, capsys):
@@ -2257,7 +2314,8 @@ def test_own_codes_vectors_and_from_scratch(world, capsys):
     (["--report", "--runs-dir", "no"], "no holds no finished training"),
     (["--codes", "none.json"], "none.json does not exist"),
     (["--precision", "fp16"], "fp16 needs a GPU"),
-    (["--item-vectors", "none.npy"], "none.npy"), (["--device", "tpu"], "--device tpu is not auto")])
+    (["--item-vectors", "none.npy"], "none.npy"), (["--device", "tpu"], "--device tpu is not auto"),
+    (["--device", "cuda:01"], "--device cuda:01 is not auto")])
 def test_bad_settings_are_one_sentence(world, capsys, flags, words):
     *warnings, err = run(capsys, *flags, expect=1).err.splitlines()
     assert words in err and err.startswith("error: ")
@@ -2461,11 +2519,9 @@ def test_notes_begin_anew_where_nothing_tells_how_far_they_hold(tmp_path):
         journal.log({"step": 60})
         journal.save({"step": 70})
     notes.write_text("")
-    (tmp_path / "snapshot.pt.123.part").write_text("of a run that was killed")
     with datasets.Journal(tmp_path) as journal:
         journal.log({"step": 80})
     assert [entry["step"] for entry in datasets.noted(tmp_path)] == [80]
-    assert not list(tmp_path.glob("*.part"))
     notes.write_text("{")
     with pytest.raises(DataError, match="metrics.jsonl is damaged"):
         datasets.noted(tmp_path)
@@ -2718,6 +2774,13 @@ def test_a_locked_folder_is_waited_for_and_a_read_only_one_is_not(tmp_path, monk
     def refuse(reason, *_):
         raise OSError(reason, "no")
 
+    really, asked = os.open, []
+    with monkeypatch.context() as patched:                      # NFS locks only what may be written
+        patched.setattr(datasets.os, "open", lambda path, access, mode: asked.append(access) or (
+            refuse(errno.EACCES) if access & os.O_RDWR else really(path, access, mode)))
+        with datasets.alone(tmp_path), open(tmp_path / ".lock") as other, pytest.raises(BlockingIOError):
+            datasets.fcntl.flock(other, datasets.fcntl.LOCK_EX | datasets.fcntl.LOCK_NB)
+    assert asked == [os.O_RDWR | os.O_CREAT, os.O_RDONLY | os.O_CREAT]
     for reason in (errno.EACCES, errno.EROFS):
         monkeypatch.setattr(datasets.os, "open", functools.partial(refuse, reason))
         with datasets.alone(tmp_path):
@@ -2725,6 +2788,17 @@ def test_a_locked_folder_is_waited_for_and_a_read_only_one_is_not(tmp_path, monk
     monkeypatch.setattr(datasets.os, "open", functools.partial(refuse, errno.ENOSPC))
     with pytest.raises(OSError), datasets.alone(tmp_path):      # there the stage could not be kept, either
         pass
+
+
+def test_what_a_killed_run_had_half_written_goes_with_the_lock_alone(tmp_path, monkeypatch):
+    part = tmp_path / "snapshot.pt.123.part"
+    part.touch()
+    with monkeypatch.context() as patched:
+        patched.setattr(datasets.fcntl, "flock", lambda *_: open(tmp_path / "no locks here"))
+        with datasets.alone(tmp_path), datasets.Journal(tmp_path):      # it may be another's, at work now
+            assert part.exists()
+    with datasets.alone(tmp_path):
+        assert not part.exists()
 
 
 def gives_way(waits, flock, lock, how):
@@ -2883,6 +2957,16 @@ def test_report_has_mean_spread_and_the_papers_figures(tmp_path):
     assert len(rows) == 10 and rows["`--reward aug`"][3] == ""
     assert "`python gflowgr.py --dataset beauty --sft-epochs 3.0 ..`" in second
     assert "| tiger | db | 0.0100 |" in second
+
+
+def test_report_shows_a_sasrec_that_stands_alone(world, capsys, monkeypatch):
+    def stop(*_):
+        raise datasets.Stopped(15)
+
+    monkeypatch.setattr(g, "item_codes", stop)
+    run(capsys, expect=143)
+    out = run(capsys, "--report").out
+    assert out.count("## toy") == 1 and re.search("[|] SASRec [|] 0[.][0-9]{4} ", out)
 
 
 def test_report_keeps_other_data_and_other_codes_apart(world, capsys):
