@@ -570,13 +570,15 @@ def keep_memory() -> None:
 
 def check_compiler(device: torch.device) -> None:
     """Raises DataError where torch.compile has nothing to compile with: it looks for no other than these."""
-    default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    if device.type == "cpu" and not shutil.which(compiler := os.environ.get("CXX", default)):
-        raise DataError(f"--compile needs a C++ compiler, and {compiler} is not on the PATH; install it, "
-                        "name another one in CXX, or leave --compile out")
     if device.type == "cuda" and not importlib.util.find_spec("triton"):
         raise DataError("--compile needs triton, which comes with torch's CUDA builds on Linux; install it "
                         "or leave --compile out")
+    own = {"darwin": ["clang++"], "win32": ["cl"]}.get(sys.platform, ["g++"])
+    variable, names = ("CXX", own) if device.type == "cpu" else ("CC", ["gcc", "clang"])    # triton's
+    names = [os.environ[variable]] if variable in os.environ else names
+    if not any(map(shutil.which, names)):
+        raise DataError(f"--compile needs a compiler, and {' or '.join(names)} is not on the PATH; install "
+                        f"it, name another one in {variable}, or leave --compile out")
 
 
 def processes() -> tuple[int, int]:

@@ -2262,15 +2262,19 @@ def test_a_missing_compiler_is_said(world, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "which", {"clang++": "/bin/clang++", "cl": "cl.exe"}.get)
     flags = ["--compile", "--device", "cpu"]
     monkeypatch.delenv("CXX", raising=False)
-    assert "--compile needs a C++ compiler, and g++ is not on" in run(capsys, *flags, expect=1).err
+    assert "--compile needs a compiler, and g++ is not on" in run(capsys, *flags, expect=1).err
     monkeypatch.setenv("CXX", "icpx")                           # torch then asks for no other
-    assert "a C++ compiler, and icpx is not on" in run(capsys, *flags, expect=1).err
+    assert "a compiler, and icpx is not on" in run(capsys, *flags, expect=1).err
     monkeypatch.setenv("CXX", "clang++")
     datasets.check_compiler(torch.device("cpu"))
     monkeypatch.delenv("CXX")
     for system in ("darwin", "win32"):
         monkeypatch.setattr(sys, "platform", system)
         datasets.check_compiler(torch.device("cpu"))
+    monkeypatch.delenv("CC", raising=False)                     # a GPU's needs a C compiler beside triton
+    monkeypatch.setattr(datasets.importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(DataError, match="a compiler, and gcc or clang is not on the PATH; .* in CC"):
+        datasets.check_compiler(torch.device("cuda"))
 
 
 def test_a_catalogue_of_fewer_items_than_a_list_is_ranked_whole(world, capsys):
