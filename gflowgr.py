@@ -72,6 +72,7 @@ class Config(datasets.RunSettings):
     dropout: float = knob(0.1, "sft", "dropout of the generator [paper]", below=1)
     beam: int = knob(20, "sft", "beams of the constrained search, W; R@20 needs 20 [paper]", low=20)
     encoder: str = knob("causal", "sft", "items see those before [ours], or all [paper]", ("causal", "full"))
+    softmax: str = knob("trie", "sft", "over codes of items [ours], or all [paper]", ("trie", "all"))
     batch: int = knob(256, "sft", "targets in a batch, at most, or one row [ours]")
     lr: float = knob(0.02, "sft", "peak rate of AdamW, relative to a weight's size [ours]")
     sft_epochs: float = knob(20.0, "sft", "passes over the training pairs by SFT [ours]", low=0.001)
@@ -448,8 +449,8 @@ class Trie:
     The children of node n are neighbours: first_child[n] .. first_child[n] + n_children[n] - 1, and code[c]
     leads to child c. path[i], L + 1 nodes, leads from the root, node 0, to item i."""
 
-    def __init__(self, codes: Tensor):
-        """codes (N, L), rows all different; ValueError when two items share a path."""
+    def __init__(self, codes: Tensor, all_codes=False):
+        """codes (N, L), rows all different; ValueError when two share a path. all_codes: see `log_probs`."""
         base, start, count, node = int(codes.max()) + 1, 0, 1, torch.zeros_like(codes[:, 0])
         path, code, first, n_children, self.width = [node], [node[:1]], [], [], []
         for column in codes.T:
@@ -465,17 +466,18 @@ class Trie:
             raise ValueError(f"{len(codes)} items have only {count} different paths of codes")
         self.path, self.code = torch.stack(path, 1), torch.cat(code)
         self.first_child, self.n_children = torch.cat(first), torch.cat(n_children)
-        self.first_leaf, self.leaf_item = start, torch.argsort(local)
+        self.first_leaf, self.leaf_item, self.all_codes = start, torch.argsort(local), all_codes
 
     def log_probs(self, logits: Tensor, node: Tensor, level: int) -> tuple[Tensor, Tensor]:
         """Logits (.., C) at nodes (..) of a level -> children (.., width[level]) and the log-probability of
-        each, -inf where a node has fewer. [ours]: normalised over the codes that lead to an item, so the
-        probabilities of all items sum to one, and TB of one R has its optimum at p(y | x) = R(y) / Z(x)."""
+        each, -inf where a node has fewer: over all C if all_codes, as TIGER has it, else over those that lead
+        to an item [ours]. Then those of all items sum to one, and TB has its optimum at p = R(y) / Z(x)."""
         slot = torch.arange(self.width[level], device=node.device)
         real = slot < self.n_children[node][..., None]
         child = self.first_child[node][..., None] + slot * real         # the first one where there is none
-        allowed = logits.float().gather(-1, self.code[child])
-        return child, allowed.masked_fill(~real, -torch.inf).log_softmax(-1)
+        logits = logits.float().log_softmax(-1) if self.all_codes else logits.float()
+        allowed = logits.gather(-1, self.code[child]).masked_fill(~real, -torch.inf)
+        return child, allowed if self.all_codes else allowed.log_softmax(-1)
 
     def flows(self, leaf: Tensor) -> Tensor:
         """What ends in each item (B, N) -> what flows through each node (B, nodes): all that is below it."""
@@ -495,10 +497,10 @@ class Catalogue(NamedTuple):
     semantic: int       # how many leading codes carry meaning: a last one that tells twins apart does not
 
     @classmethod
-    def of(cls, codes: Tensor, semantic: int) -> Catalogue:
+    def of(cls, codes: Tensor, semantic: int, all_codes=False) -> Catalogue:
         """codes (N, L) -> Catalogue."""
         tokens = 1 + codes + (int(codes.max()) + 1) * torch.arange(codes.shape[1], device=codes.device)
-        return cls(codes, F.pad(tokens, (0, 0, 0, 1)), Trie(codes), semantic)
+        return cls(codes, F.pad(tokens, (0, 0, 0, 1)), Trie(codes, all_codes), semantic)
 
     def read(self, model: T5, history: Tensor, ends: Tensor | None = None) -> Memory:
         """Rows (B, T), read once by the generator's encoder: whole, or as far as the places `ends` (Q,)."""
@@ -524,10 +526,9 @@ def path_log_probs(model: T5, catalogue: Catalogue, memory: Memory, items: Tenso
 
 
 def curriculum_sample(scores: Tensor, pool: Tensor, exclude: Tensor, k: int, beta: float) -> Tensor:
-    """K items per user, easy ones (low scores) at beta < 0, hard ones at beta > 0, any at 0 (Section 3.1).
-    Gumbel top-K, a draw without replacement from softmax(beta * z), z the standardised score. [ours]: this
-    soft order, and the pool of N' items that a batch shares. scores (B, N') of its items, pool (N',) ids with
-    k others than exclude (B, T) -> ids (B, k)."""
+    """K items per user, easy ones (low scores) at beta < 0, hard at beta > 0, any at 0 (Section 3.1): Gumbel
+    top-K draws without replacement from softmax(beta * z), z the standardised score. [ours]: this, and a pool
+    for the batch. scores (B, N') of it, pool (N',) ids, k or more not in exclude (B, T) -> ids (B, k)."""
     z = (scores - scores.mean(1, keepdim=True)) / scores.std(1, correction=0, keepdim=True).clamp(min=1e-6)
     gumbel = -(-torch.rand_like(z).log()).log()
     clicked = (pool[:, None] == exclude[:, None]).any(-1)                           # (B, N')
@@ -912,13 +913,12 @@ def item_codes(run: Run, sasrec: SASRec) -> Catalogue:
 
     result = run.stage("codes", build)
     run.publish(result["codes"])
-    return Catalogue.of(result["codes"].to(run.device), result["semantic"])
+    return Catalogue.of(result["codes"].to(run.device), result["semantic"], cfg.softmax == "all")
 
 
 def train_sasrec(run: Run) -> SASRec:
     """The collaborative model, trained on every user's training sequence and frozen from then on."""
-    cfg = run.cfg
-    length = max(cfg.sasrec_length, cfg.max_history)    # else positions that are used would not be trained
+    cfg, length = run.cfg, max(run.cfg.sasrec_length, run.cfg.max_history)      # all positions that are used
     torch.manual_seed(cfg.seed)
     model = SASRec(run.data.n_items, cfg.sasrec_dim, cfg.sasrec_layers, cfg.sasrec_heads, cfg.sasrec_dropout,
                    length).to(run.device)
@@ -970,7 +970,7 @@ def recommend(run_folder, history: list[int], k: int = 10) -> list[int]:
     """The k best next items after a history of item ids, oldest first, by a trained generator: run_folder is
     that of an SFT or a fine-tuning, as "runs/toy/tb-0123456789". Raises DataError."""
     cfg, kept, history = datasets.read_generator(run_folder, Config, history, k)
-    catalogue = Catalogue.of(kept["codes"], kept["semantic"])
+    catalogue = Catalogue.of(kept["codes"], kept["semantic"], cfg.softmax == "all")
     model = datasets.load_state(generator(cfg, catalogue), kept["state"], run_folder)
     memory = catalogue.read(model, torch.tensor([history[-cfg.max_history:]]))
     return beam_search(model, catalogue, memory, max(k, cfg.beam))[0][0, :k].tolist()

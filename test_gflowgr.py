@@ -953,6 +953,21 @@ def test_probabilities_of_all_items_sum_to_one():
     torch.testing.assert_close(log_pf.sum(-1).exp().sum(1), torch.ones(2))
 
 
+def test_over_all_codes_a_path_shares_its_probability_with_what_is_no_item():
+    catalogue, history, items = small_catalogue(), torch.randint(30, (2, 5)), torch.arange(30).expand(2, -1)
+    model, every = small_generator(catalogue), torch.tensor(list(itertools.product(range(4), repeat=3)))
+    log_all, _ = log_probs(model, g.Catalogue.of(catalogue.codes, 3, all_codes=True), history, items)
+    whole, memory = g.Catalogue.of(every, 3), catalogue.read(model, history)    # every path leads to an item
+    place = torch.tensor([every.tolist().index(path) for path in catalogue.codes.tolist()])
+    expected = g.path_log_probs(model, whole, memory, place.expand(2, -1))[0]
+    torch.testing.assert_close(log_all, expected)
+    assert (log_all.sum(-1).exp().sum(1) < 0.9).all()
+    found, score = g.beam_search(model, g.Catalogue.of(catalogue.codes, 3, all_codes=True), memory, 30)
+    best = log_all.sum(-1).sort(descending=True)
+    assert torch.equal(found, best.indices)
+    torch.testing.assert_close(score, best.values)
+
+
 # ----------------------------------------------------------------------------------------- 6. trajectories
 
 def test_curriculum_avoids_clicked_items_and_grows_harder():
@@ -2155,6 +2170,7 @@ def test_only_what_depends_on_a_setting_is_done_again(world, capsys):
                           (["--temperature", "0.9"], set()),
                           (["--sasrec-epochs", "1"], {"sasrec", "finetune"}),
                           (["--lr", "0.03"], {"sft", "finetune"}),
+                          (["--softmax", "all"], {"sft", "finetune"}),
                           (["--commitment", "0.5"], {"codes", "sft", "finetune"})]:
         lines = [line.split() for line in run(capsys, *flags).out.splitlines() if " in runs" in line]
         assert {line[0] for line in lines if "now" in line} == stages
@@ -2690,8 +2706,9 @@ def test_plot_is_drawn_or_says_what_is_missing(world, capsys, monkeypatch):
     assert err == "error: --plot needs matplotlib, which is not installed: pip install matplotlib\n"
 
 
-def test_recommend_gives_what_the_run_gave(world, capsys, monkeypatch):
-    run(capsys, "--precision", "fp32", "--max-history", "4")
+@pytest.mark.parametrize("softmax", ["trie", "all"])
+def test_recommend_gives_what_the_run_gave(world, capsys, monkeypatch, softmax):
+    run(capsys, "--precision", "fp32", "--max-history", "4", "--softmax", softmax)
     data = datasets.toy(42)
     for stage in ("sft", "tb"):
         folder, = (world / "runs" / "toy").glob(f"{stage}-*")
