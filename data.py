@@ -1144,6 +1144,12 @@ def read_kept(path: Path, before: dict[str, str] | None = None, aside: bool = Tr
     return None
 
 
+def read_config(folder: Path) -> dict:
+    """The settings that a stage's folder tells of. Raises DataError."""
+    config = read_json(folder / "config.json")
+    return {"encoder": "full", **config} if "d_model" in config else config     # of before there was another
+
+
 def read_generator(folder: Path, settings: type, history: list[int], k: int) -> tuple:
     """A finished generator of a run's folder: its settings, what was kept of it, and the history as a list.
     Raises DataError, too where k items after a history are more than its catalogue can answer."""
@@ -1152,7 +1158,7 @@ def read_generator(folder: Path, settings: type, history: list[int], k: int) -> 
     if not {"codes", "state"} <= result.keys():
         raise DataError(f"{folder} holds no finished generator, or a damaged one; name a folder as "
                         "runs/Beauty/tb-0123456789")
-    n_items, config = len(result["codes"]), read_json(folder / "config.json")
+    n_items, config = len(result["codes"]), read_config(folder)
     try:
         history, k = list(map(operator.index, history)), operator.index(k)
     except TypeError:
@@ -1564,7 +1570,7 @@ def finished(runs: Path, settings: type) -> list[Finished]:
             last = noted(path.parent)[-1:]
             if not last or "test" not in last[0]:
                 continue
-            config = read_json(path.parent / "config.json")
+            config = read_config(path.parent)
             test = {name: float(last[0]["test"][name]) for name in ("R@5", "R@10", "N@5", "N@10")}
             default = {f.name: f.default for f in dataclasses.fields(settings)}
             default.update(PRESETS.get(config["dataset"], {}))
