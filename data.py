@@ -573,6 +573,8 @@ def check_compiler(device: torch.device) -> None:
     if device.type == "cuda" and not importlib.util.find_spec("triton"):
         raise DataError("--compile needs triton, which comes with torch's CUDA builds on Linux; install it "
                         "or leave --compile out")
+    if device.type == "cuda" and sys.platform == "win32":       # builds of triton for Windows bring their own
+        return
     own = {"darwin": ["clang++"], "win32": ["cl"]}.get(sys.platform, ["g++"])
     variable, names = ("CXX", own) if device.type == "cpu" else ("CC", ["gcc", "clang"])    # triton's
     names = [os.environ[variable]] if variable in os.environ else names
@@ -1006,7 +1008,7 @@ def alone(folder: Path) -> Iterator[None]:
         return
     folder.mkdir(parents=True, exist_ok=True)
     lock = open_lock(folder / ".lock")
-    if lock is None:                        # nothing is made in it
+    if lock is None:                        # a folder that can only be read: nothing is made in it
         yield
         return
     try:

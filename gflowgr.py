@@ -72,7 +72,7 @@ class Config(datasets.RunSettings):
     dropout: float = knob(0.1, "sft", "dropout of the generator [paper]", below=1)
     beam: int = knob(20, "sft", "beams of the constrained search, W; R@20 needs 20 [paper]", low=20)
     encoder: str = knob("causal", "sft", "items see those before [ours], or all [paper]", ("causal", "full"))
-    softmax: str = knob("trie", "sft", "over codes of items [ours], or all [paper]", ("trie", "all"))
+    softmax: str = knob("trie", "sft", "over codes leading to items [ours], or all [paper]", ("trie", "all"))
     batch: int = knob(256, "sft", "targets in a batch, at most, or one row [ours]")
     lr: float = knob(0.02, "sft", "peak rate of AdamW, relative to a weight's size [ours]")
     sft_epochs: float = knob(20.0, "sft", "passes over the training pairs by SFT [ours]", low=0.001)
@@ -470,7 +470,7 @@ class Trie:
 
     def log_probs(self, logits: Tensor, node: Tensor, level: int) -> tuple[Tensor, Tensor]:
         """Logits (.., C) at nodes (..) of a level -> children (.., width[level]) and the log-probability of
-        each, -inf where a node has fewer: over all C if all_codes, as TIGER has it, else over those that lead
+        each, -inf where a node has fewer: over all C if all_codes, nearly TIGER's, else over those that lead
         to an item [ours]. Then those of all items sum to one, and TB has its optimum at p = R(y) / Z(x)."""
         slot = torch.arange(self.width[level], device=node.device)
         real = slot < self.n_children[node][..., None]
@@ -527,8 +527,8 @@ def path_log_probs(model: T5, catalogue: Catalogue, memory: Memory, items: Tenso
 
 def curriculum_sample(scores: Tensor, pool: Tensor, exclude: Tensor, k: int, beta: float) -> Tensor:
     """K items per user, easy ones (low scores) at beta < 0, hard at beta > 0, any at 0 (Section 3.1): Gumbel
-    top-K draws without replacement from softmax(beta * z), z the standardised score. [ours]: this, and a pool
-    for the batch. scores (B, N') of it, pool (N',) ids, k or more not in exclude (B, T) -> ids (B, k)."""
+    top-K draws without replacement from softmax(beta * z), z the standardised score. [ours]: the draw, and a
+    batch's pool. scores (B, N') of it, pool (N',) ids, k or more not in exclude (B, T) -> ids (B, k)."""
     z = (scores - scores.mean(1, keepdim=True)) / scores.std(1, correction=0, keepdim=True).clamp(min=1e-6)
     gumbel = -(-torch.rand_like(z).log()).log()
     clicked = (pool[:, None] == exclude[:, None]).any(-1)                           # (B, N')
@@ -918,7 +918,7 @@ def item_codes(run: Run, sasrec: SASRec) -> Catalogue:
 
 def train_sasrec(run: Run) -> SASRec:
     """The collaborative model, trained on every user's training sequence and frozen from then on."""
-    cfg, length = run.cfg, max(run.cfg.sasrec_length, run.cfg.max_history)      # all positions that are used
+    cfg, length = run.cfg, max(run.cfg.sasrec_length, run.cfg.max_history)  # all in use get trained
     torch.manual_seed(cfg.seed)
     model = SASRec(run.data.n_items, cfg.sasrec_dim, cfg.sasrec_layers, cfg.sasrec_heads, cfg.sasrec_dropout,
                    length).to(run.device)

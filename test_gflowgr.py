@@ -2289,6 +2289,8 @@ def test_a_missing_compiler_is_said(world, capsys, monkeypatch):
         datasets.check_compiler(torch.device("cpu"))
     monkeypatch.delenv("CC", raising=False)                     # a GPU's needs a C compiler beside triton
     monkeypatch.setattr(datasets.importlib.util, "find_spec", lambda name: name)
+    datasets.check_compiler(torch.device("cuda"))               # on Windows that is triton's own
+    monkeypatch.setattr(sys, "platform", "linux")
     with pytest.raises(DataError, match="a compiler, and gcc or clang is not on the PATH; .* in CC"):
         datasets.check_compiler(torch.device("cuda"))
 
@@ -2704,6 +2706,15 @@ def test_plot_is_drawn_or_says_what_is_missing(world, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     err = run(capsys, "--plot", expect=1).err
     assert err == "error: --plot needs matplotlib, which is not installed: pip install matplotlib\n"
+
+
+def test_softmax_all_reaches_the_training(world, capsys):
+    first = []
+    for softmax in ("trie", "all"):
+        run(capsys, "--softmax", softmax, "--runs-dir", softmax)
+        first.append([datasets.noted(next((world / softmax / "toy").glob(f"{stage}-*")))[0]["loss"]
+                      for stage in ("sft", "tb")])
+    assert all(more > less + 0.1 for less, more in zip(*first))     # what leads nowhere has its share, too
 
 
 @pytest.mark.parametrize("softmax", ["trie", "all"])
