@@ -1,0 +1,1400 @@
+"""GFlowGR in one file: fine-tuning a generative recommender by a generative flow network.
+
+The paper is arXiv 2506.16114. A generative recommender writes an item as a short path of
+codes, so it is a policy on a tree whose leaves are the items. Trained on clicks alone (SFT), it
+takes every other item for wrong. GFlowGR adds paths of unclicked items, chosen from easy to
+hard by a collaborative model, gives each path a reward, and trains the policy until the
+probability of each path is its share of all reward:
+
+    item text --TF-IDF, SVD--> vectors --RQ-VAE--> codes ----------------------+
+    histories --SASRec--> scores --curriculum--> K items --> reward, weight ---+--> Eq. 7 --> T5
+    recommendations <-- beam search over the tree of all items' codes <-----------------------+
+
+    python gflowgr.py --loss tb                        a toy world, nothing to download
+    python gflowgr.py --loss tb --dataset beauty       Amazon Beauty, all stages
+
+The file follows the data: 1 codes, 2 SASRec, 3 T5, 4 the tree and its probabilities, 5 GFlowGR,
+6 the other methods (may be skipped), 7 settings, 8 the training loop, 9 stages and main. Files,
+splits, metrics and tables are in data.py, which knows no model.
+
+Shapes, everywhere:
+    B  histories in a batch     T  items in a history         N  items in the catalogue
+    P  paths of a history       L  codes of an item           C  codes of a level
+    M  tokens of a history      S  tokens of a path so far    W  beams
+    H  attention heads          d  width of a vector          U  users
+
+Histories are padded on the right with the id N. A state s_l is a history and the first l codes
+of an item: s_0 is the root of the tree, s_L a leaf. Every state has one parent, so log P_B = 0,
+and P_F(s_l | s_{l-1}) is the generator's probability of the next code. F(s) is the flow through
+a state, the reward of all leaves below it; Z(x) = F(s_0), the flow through the root, is all.
+[paper], [TIGER] and [LETTER] mark what those have; [ours] is a choice of this file, where the
+paper is silent, or where measuring spoke for another one.
+
+Left out: pretrained language models (text becomes vectors by TF-IDF; --item-vectors brings your
+own), the search for hyper-parameters, and serving.
+"""
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import inspect
+import itertools
+import math
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import data as datasets
+from data import DataError
+
+
+# =============================================== 1. codes: an item becomes a short path
+
+@torch.no_grad()
+def kmeans(points, k, iterations=20):
+    """Lloyd's algorithm: centres (k, d) of points (n, d). An empty cluster moves to a
+    random point."""
+    centres = points[torch.randint(len(points), (k,), device=points.device)]
+    for _ in range(iterations):
+        nearest = torch.cdist(points, centres).argmin(1)                # (n,)
+        count = torch.bincount(nearest, minlength=k)[:, None]
+        total = torch.zeros_like(centres).index_add_(0, nearest, points)
+        elsewhere = points[torch.randint(len(points), (k,), device=points.device)]
+        centres = torch.where(count > 0, total / count.clamp(min=1), elsewhere)
+    return centres
+
+
+class ResidualQuantiser(nn.Module):
+    """L codebooks of C vectors; each quantises what the levels before it left over
+    (TIGER, 3.1)."""
+
+    def __init__(self, levels, size, dim, commitment=0.25):
+        super().__init__()
+        self.codebooks = nn.Parameter(torch.randn(levels, size, dim))
+        self.commitment = commitment
+
+    @torch.no_grad()
+    def initialise(self, x):
+        """Set the codebooks to k-means centres of the residuals of x (n, d), level by
+        level."""
+        for codebook in self.codebooks:
+            codebook.copy_(kmeans(x, len(codebook)))
+            x = x - codebook[torch.cdist(x, codebook).argmin(1)]
+
+    @torch.no_grad()
+    def restart_dead_codes(self, x):
+        """Move each code that no row of x (n, d) uses to the residual of a random
+        row."""
+        codes, _, _, residuals = self(x)
+        for codebook, code, residual in zip(self.codebooks, codes.T, residuals):
+            dead = torch.bincount(code, minlength=len(codebook)) == 0   # (C,)
+            elsewhere = residual[torch.randint(len(x), dead.shape, device=x.device)]
+            codebook[dead] = elsewhere[dead]
+
+    def forward(self, x):
+        """x (B, d) -> codes (B, L); the sum of the chosen code vectors (B, d), whose
+        gradient goes straight to x; the codebook and commitment losses, a scalar; and
+        the residuals (L, B, d)."""
+        residual = x
+        value = torch.zeros_like(x)
+        loss = 0.0
+        codes, residuals = [], []
+        for codebook in self.codebooks:
+            code = torch.cdist(residual.detach(), codebook.detach()).argmin(1)  # (B,)
+            chosen = codebook[code]                                     # (B, d)
+            codes.append(code)
+            residuals.append(residual)
+
+            # The code moves to what it stands for, and the encoder stays near its
+            # codes.
+            loss = loss + F.mse_loss(chosen, residual.detach())
+            loss = loss + self.commitment * F.mse_loss(residual, chosen.detach())
+
+            # The residual keeps the gradient of x. (Less a straight-through value,
+            # whose gradient is that of x as well, it would have none, and commitment
+            # would end at the first level.)
+            residual = residual - chosen.detach()
+            value = value + chosen
+        return torch.stack(codes, 1), x + (value - x).detach(), loss, torch.stack(residuals)
+
+
+def mlp(*widths):
+    """Linear layers of these widths with ReLU between them."""
+    layers = []
+    for d_in, d_out in zip(widths, widths[1:]):
+        layers += [nn.Linear(d_in, d_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class RQVAE(nn.Module):
+    """Vectors (B, d_in) -> latent vectors (B, dim) -> codes -> reconstruction (B, d_in)
+    (TIGER, 3.1)."""
+
+    def __init__(self, d_in, levels, size, dim=32):
+        super().__init__()
+        self.encoder = mlp(d_in, 256, 128, dim)
+        self.decoder = mlp(dim, 128, 256, d_in)
+        self.quantiser = ResidualQuantiser(levels, size, dim)
+
+    def forward(self, x):
+        """x (B, d_in) -> reconstruction and quantisation loss, a scalar; the quantised
+        latent vectors (B, dim); codes (B, L)."""
+        codes, value, loss, _ = self.quantiser(self.encoder(x))
+        return F.mse_loss(self.decoder(value), x) + loss, value, codes
+
+
+def alignment_loss(value, collaborative):
+    """LETTER's alignment: a quantised item (B, d) must find its own collaborative
+    vector (B, d)."""
+    own = torch.arange(len(value), device=value.device)
+    return F.cross_entropy(value @ collaborative.T, own)
+
+
+def diversity_loss(codebook, cluster, codes):
+    """LETTER's diversity: draws each chosen code to a random other one of its cluster
+    and drives it off all others, so that codes are used evenly. codebook (C, d),
+    cluster (C,), codes (B,) -> scalar."""
+    own = F.one_hot(codes, len(codebook)).bool()                        # (B, C)
+    partner = (cluster[codes][:, None] == cluster) & ~own               # (B, C)
+    noise = torch.rand(own.shape, device=own.device)
+    chosen = noise.masked_fill(~partner, -1).argmax(1)
+    chosen = chosen.masked_fill(~partner.any(1), -100)                   # alone: left out
+    logits = (codebook[codes] @ codebook.T).masked_fill(own, -torch.inf)
+    return F.cross_entropy(logits, chosen, reduction="sum") / len(codes)
+
+
+def train_codes(vectors, levels, size, epochs, collaborative=None, alignment=0.1, diversity=1e-4,
+                batch=1024):
+    """Train an RQ-VAE on item vectors (N, d_in), LETTER's where collaborative vectors
+    (N, 32) are given -> codes (N, levels). diversity [LETTER]; alignment, batch
+    [ours]."""
+    model = RQVAE(vectors.shape[1], levels, size).to(vectors.device)
+    quantiser = model.quantiser
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    annealing = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs)
+    with torch.no_grad():
+        quantiser.initialise(model.encoder(vectors))
+
+    for epoch in tqdm(range(epochs), desc="codes", disable=None, leave=False):
+        # Some fifteen times unused codes move to where items are; at the end all come
+        # to rest.
+        if epoch % max(epochs // 15, 1) == 0:
+            if 0 < epoch < 0.8 * epochs:
+                with torch.no_grad():
+                    quantiser.restart_dead_codes(model.encoder(vectors))
+            clusters = []              # of each codebook; LETTER makes them of equal size
+            for codebook in quantiser.codebooks.detach():
+                clusters.append(torch.cdist(codebook, kmeans(codebook, 10)).argmin(1))
+
+        for rows in torch.randperm(len(vectors), device=vectors.device).split(batch):
+            loss, value, codes = model(vectors[rows])
+            if collaborative is not None:
+                loss = loss + alignment * alignment_loss(value, collaborative[rows])
+                for codebook, cluster, code in zip(quantiser.codebooks, clusters, codes.T):
+                    loss = loss + diversity / levels * diversity_loss(codebook, cluster, code)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+        annealing.step()
+
+    with torch.no_grad():
+        return model(vectors)[2]
+
+
+def unique_paths(codes):
+    """Append a code that counts the items of equal codes, by item id: (N, L) -> (N, L +
+    1) (TIGER). Of items with codes (3, 1), (3, 1), (0, 2) the paths are (3, 1, 0), (3,
+    1, 1), (0, 2, 0)."""
+    _, group = torch.unique(codes, dim=0, return_inverse=True)          # (N,)
+    order = torch.argsort(group, stable=True)  # twins side by side, in the order of their ids
+    size = torch.bincount(group)
+    first = size.cumsum(0) - size                  # where each group begins in that order
+    count = torch.empty_like(group)
+    count[order] = torch.arange(len(group)) - first[group[order]]
+    return torch.cat([codes, count[:, None]], 1)
+
+
+# =========================== 2. SASRec: the collaborative model, which scores each item
+
+class SASRec(nn.Module):
+    """Self-attentive sequential recommendation (Kang and McAuley 2018): scores every
+    item as the next."""
+
+    def __init__(self, n_items, dim=128, layers=2, heads=2, dropout=0.4, max_length=20):
+        super().__init__()
+        self.item = nn.Embedding(n_items + 1, dim, padding_idx=n_items)
+        self.position = nn.Embedding(max_length, dim)
+        nn.init.normal_(self.item.weight[:-1], std=0.02)
+        nn.init.normal_(self.position.weight, std=0.02)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(dim, heads, 4 * dim, dropout, batch_first=True, norm_first=True)
+            for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, history):
+        """History (B, T) -> states (B, T, d). State t has seen the items 0 .. t
+        alone."""
+        length = history.shape[1]
+        x = self.dropout(self.item(history) + self.position.weight[:length])
+        future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+        for block in self.blocks:
+            x = block(x, src_mask=future, is_causal=True)
+        return self.norm(x)
+
+    def scores(self, history):
+        """History (B, T) of one item or more -> each item's score as the next one (B,
+        N). In float32: in bf16 the best items would tie."""
+        last = (history != self.item.padding_idx).sum(1) - 1            # (B,)
+        rows = torch.arange(len(history), device=history.device)
+        state = self(history)[rows, last].float()                       # (B, d)
+        with torch.autocast(state.device.type, enabled=False):
+            return state @ self.item.weight[:-1].T
+
+    def loss(self, history, target):
+        """Cross-entropy of the next item, by the softmax over all items, at every
+        position of a window: its mean over each row's targets. history, target (B, T),
+        N where padded -> (B,). [ours]: the original draws one negative item for each
+        target; the full softmax is stronger."""
+        n_items = self.item.padding_idx
+        logits = self(history) @ self.item.weight[:-1].T                # (B, T, N)
+        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=n_items,
+                               reduction="none").view_as(target)
+        return loss.sum(1) / (target != n_items).sum(1)
+
+
+# ====================================== 3. T5: the generator, a policy with a flow head
+
+class Dropout(nn.Module):
+    """Dropout. On a CPU one random number for each element costs more than the layer
+    before it: there, a mask is a piece, from a random place, of one long strip of
+    masks."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+        self.strip = torch.empty(0)
+
+    def forward(self, x):
+        if not self.training or self.p == 0 or x.device.type != "cpu":
+            return F.dropout(x, self.p, self.training)
+        size = x.numel()
+        places = 1 << 24
+        if len(self.strip) < places + size or self.strip.dtype != x.dtype:
+            # Of a fixed seed: a longer strip begins as the shorter one, so a resumed
+            # run has the same.
+            noise = torch.rand(places + 2 * size, generator=torch.Generator().manual_seed(0))
+            self.strip = (noise >= self.p).to(x.dtype) / (1 - self.p)
+        start = int(torch.randint(places, ()))
+        return x * self.strip[start:start + size].view(x.shape)
+
+
+class RMSNorm(nn.Module):
+    """T5's norm: x / sqrt(mean(x^2) + 1e-6) * weight, in the type of x."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+
+    def forward(self, x):
+        scale = (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        return (x * scale.to(x.dtype)) * self.weight.to(x.dtype)
+
+
+def linear(d_in, d_out, std):
+    """A linear layer without a bias, as all of T5's, its weights drawn from N(0,
+    std^2)."""
+    layer = nn.Linear(d_in, d_out, bias=False)
+    nn.init.normal_(layer.weight, std=std)
+    return layer
+
+
+class Attention(nn.Module):
+    """T5's attention: unscaled dot products, plus a bias for the distance."""
+
+    def __init__(self, d_model, heads, d_kv, dropout):
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.q = linear(d_model, heads * d_kv, (d_model * d_kv) ** -0.5)
+        self.kv = linear(d_model, 2 * heads * d_kv, d_model ** -0.5)
+        self.o = linear(heads * d_kv, d_model, (heads * d_kv) ** -0.5)
+
+    def keys_values(self, x):
+        """x (B, S, d) -> keys and values, (B, H, S, d_kv) each."""
+        return self.kv(x).unflatten(-1, (2 * self.heads, -1)).transpose(1, 2).chunk(2, 1)
+
+    def forward(self, x, keys, values, bias):
+        """Queries x (B, S, d); keys, values (B, H, S', d_kv); bias (.., S, S') -> (B,
+        S, d)."""
+        queries = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        logits = queries @ keys.transpose(-1, -2) + bias                # (B, H, S, S')
+        weights = logits.softmax(-1, dtype=torch.float32).to(values.dtype)
+        mixed = self.dropout(weights) @ values                          # (B, H, S, d_kv)
+        return self.o(mixed.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """x + f(norm(x)), f being self-attention, in a decoder cross-attention, and
+    feed-forward."""
+
+    def __init__(self, d_model, heads, d_kv, d_ff, dropout, decoder):
+        super().__init__()
+        self.dropout = dropout
+        self.attention = Attention(d_model, heads, d_kv, dropout)
+        self.attention_norm = RMSNorm(d_model)
+        if decoder:
+            self.cross = Attention(d_model, heads, d_kv, dropout)
+            self.cross_norm = RMSNorm(d_model)
+        self.wi = linear(d_model, d_ff, d_model ** -0.5)
+        self.wo = linear(d_ff, d_model, d_ff ** -0.5)
+        self.ff_norm = RMSNorm(d_model)
+
+    def forward(self, x, bias, memory=None, past=None):
+        """x (B, S, d), in a decoder (B * P, S, d) -> the same, and its keys and values
+        for later steps. memory: keys and values (B, H, M, d_kv) of histories, and bias
+        (B, 1, 1, M); past: keys and values of earlier steps."""
+        h = self.attention_norm(x)
+        present = self.attention.keys_values(h)
+        if past:
+            present = [torch.cat(pair, 2) for pair in zip(past, present)]
+        x = x + self.dropout(self.attention(h, *present, bias))
+
+        # All P paths of a history ask the same memory, side by side: it is never
+        # repeated.
+        if memory:
+            h = self.cross_norm(x).view(len(memory[0]), -1, x.shape[-1])  # (B, P * S, d)
+            x = x + self.dropout(self.cross(h, *memory)).view(x.shape)
+
+        h = self.dropout(self.wi(self.ff_norm(x)).relu())
+        return x + self.dropout(self.wo(h)), present
+
+
+def relative_buckets(distance, two_sided, n=32, furthest=128):
+    """T5's bucket of each distance (a key's position less the query's), of any shape:
+    half of a side's buckets hold one distance each, the others grow logarithmically up
+    to `furthest`."""
+    offset = 0
+    if two_sided:
+        n = n // 2
+        offset = n * (distance > 0)
+        distance = -distance.abs()
+    distance = (-distance).clamp(min=0)
+    exact = n // 2
+    growth = torch.log(distance.clamp(min=1) / exact) / math.log(furthest / exact)
+    far = (exact + (growth * (n - exact)).long()).clamp(max=n - 1)
+    return offset + torch.where(distance < exact, distance, far)
+
+
+class T5(nn.Module):
+    """The standard T5 (Raffel et al. 2020) over codes, with a head for the flow. Token
+    0 pads and starts; 1 + l * C + c is code c of level l. d_model, dropout [TIGER],
+    others [ours]."""
+
+    def __init__(self, levels, n_codes, d_model=128, heads=4, d_kv=32, d_ff=512, layers=3,
+                 dropout=0.1, temperature=1.0):
+        super().__init__()
+        self.levels = levels
+        self.n_codes = n_codes
+        self.scale = d_model ** -0.5 / temperature
+        self.embedding = nn.Embedding(1 + levels * n_codes, d_model)
+        self.dropout = Dropout(dropout)
+        size = (d_model, heads, d_kv, d_ff, self.dropout)
+        self.encoder = nn.ModuleList(Block(*size, decoder=False) for _ in range(layers))
+        self.decoder = nn.ModuleList(Block(*size, decoder=True) for _ in range(layers))
+        self.encoder_bias = nn.Embedding(32, heads)
+        self.decoder_bias = nn.Embedding(32, heads)
+        nn.init.normal_(self.encoder_bias.weight, std=d_model ** -0.5)
+        nn.init.normal_(self.decoder_bias.weight, std=d_model ** -0.5)
+        self.encoder_norm = RMSNorm(d_model)
+        self.decoder_norm = RMSNorm(d_model)
+        self.flow_head = linear(d_model, 1, d_model ** -0.5)
+        self.log_z = nn.Parameter(torch.zeros(()))  # the one Z of all users, with --z global
+
+    def embed(self, tokens):
+        """Tokens (..) -> (.., d). Under autocast all vectors have its type from here
+        on."""
+        x = self.embedding(tokens)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return self.dropout(x)
+
+    def encode(self, tokens):
+        """Tokens of histories (B, T, L), 0 where padded -> the memory, once for all
+        paths: of each decoder block keys and values (B, H, M, d_kv), and a bias (B, 1,
+        1, M)."""
+        tokens = tokens.flatten(1)                                     # (B, M), M = T * L
+        x = self.embed(tokens)
+        position = torch.arange(tokens.shape[1], device=tokens.device)
+        buckets = relative_buckets(position - position[:, None], two_sided=True)
+        bias = self.encoder_bias(buckets).permute(2, 0, 1).to(x.dtype)  # (H, M, M)
+        pad = x.new_zeros(tokens.shape).masked_fill(tokens == 0, -torch.inf)[:, None, None]
+        for block in self.encoder:
+            x, _ = block(x, bias + pad)
+        x = self.dropout(self.encoder_norm(x))
+        return [(*block.cross.keys_values(x), pad) for block in self.decoder]
+
+    def decode(self, tokens, memory, past=None):
+        """Tokens (B, P, S) of P paths of each history, 0 first -> states (B, P, S, d),
+        a cache. State l is s_l: it has read the codes y_1 .. y_l and predicts y_{l+1}.
+        past: the cache of earlier steps; then S counts the new ones."""
+        past = past or [None] * len(memory)
+        before = past[0][0].shape[2] if past[0] else 0
+        position = torch.arange(before + tokens.shape[2], device=tokens.device)
+        distance = position - position[before:, None]                   # (S, S')
+        x = self.embed(tokens.flatten(0, 1))                            # (B * P, S, d)
+        bias = self.decoder_bias(relative_buckets(distance, two_sided=False)).permute(2, 0, 1)
+        bias = bias.masked_fill(distance > 0, -torch.inf).to(x.dtype)   # (H, S, S')
+        cache = []
+        for block, block_memory, block_past in zip(self.decoder, memory, past):
+            x, keys_values = block(x, bias, block_memory, block_past)
+            cache.append(keys_values)
+        return self.dropout(self.decoder_norm(x)).view(*tokens.shape, -1), cache
+
+    def code_logits(self, state, level):
+        """States s_level (.., d) -> logits (.., C) of the next code, by T5's tied
+        embeddings."""
+        first = 1 + level * self.n_codes
+        table = self.embedding.weight[first:first + self.n_codes]
+        return (state * self.scale) @ table.T.to(state.dtype)
+
+
+# ================= 4. a policy on a tree: its probabilities, its flows, its best leaves
+
+class Trie:
+    """The catalogue: the tree of all items' codes, in O(N) memory. Nodes are numbered level by level from
+    the root, 0, so that the children of a node are neighbours. Of three items with codes (0, 1), (0, 2)
+    and (3, 1), n being a node and (c) the code that leads to it:
+
+        0 --+-- 1 (0) --+-- 3 (1)  item 0       path        = [[0, 1, 3], [0, 1, 4], [0, 2, 5]]
+            |           +-- 4 (2)  item 1       code        = [-, 0, 3, 1, 2, 1]
+            +-- 2 (3) ----- 5 (1)  item 2       first_child = [1, 3, 5]    n_children = [2, 2, 1]
+    """
+
+    def __init__(self, codes, semantic=None, all_codes=False):
+        """codes (N, L), no two rows the same, else ValueError; semantic: how many
+        leading codes carry meaning, as one does not that only tells twins apart;
+        all_codes: see `log_probs`."""
+        n_codes = int(codes.max()) + 1
+        tokens = 1 + codes + n_codes * torch.arange(codes.shape[1], device=codes.device)
+        self.codes = codes
+        self.tokens = F.pad(tokens, (0, 0, 0, 1))  # (N + 1, L), the generator's; 0 for the padding
+        self.semantic = semantic or codes.shape[1]
+        self.all_codes = all_codes
+
+        node = torch.zeros_like(codes[:, 0])     # (N,) where each item's path has come to
+        start, count = 0, 1               # this level's nodes: start .. start + count - 1
+        path, code, first_child, n_children = [node], [node[:1]], [], []
+        self.width = []                         # the most children of any node of a level
+        for column in codes.T:
+            key = (node - start) * n_codes + column                     # (parent, code)
+            key, child = torch.unique(key, return_inverse=True)        # sorted: by parent
+            children = torch.bincount(key // n_codes, minlength=count)
+            first_child.append(start + count + children.cumsum(0) - children)
+            n_children.append(children)
+            code.append(key % n_codes)
+            self.width.append(int(children.max()))
+            start = start + count
+            count = len(key)
+            node = start + child
+            path.append(node)
+        if count != len(codes):
+            raise ValueError(f"{len(codes)} items have only {count} different paths of codes")
+        self.path = torch.stack(path, 1)     # (N, L + 1) nodes from the root to each item
+        self.code = torch.cat(code)                                     # (nodes,)
+        self.first_child = torch.cat(first_child)                       # (inner nodes,)
+        self.n_children = torch.cat(n_children)                         # (inner nodes,)
+        self.log_leaves = torch.bincount(self.path.flatten()).log()  # (nodes,) of the items below
+        self.leaf_item = torch.argsort(node)                  # (N,) the item of each leaf
+
+    def log_probs(self, logits, node, level):
+        """Logits (.., C) at nodes (..) of a level -> children (.., width) and the log
+        probability of each, -inf where a node has fewer. [ours]: normalised over the
+        codes that lead to an item, so that the probabilities of all items sum to one
+        and the optimum of TB is p = R / Z; all_codes: over all C."""
+        slot = torch.arange(self.width[level], device=node.device)
+        real = slot < self.n_children[node][..., None]                  # (.., width)
+        child = self.first_child[node][..., None] + slot * real
+        logits = logits.float()
+        if self.all_codes:
+            logits = logits.log_softmax(-1)
+        log_probs = logits.gather(-1, self.code[child]).masked_fill(~real, -torch.inf)
+        if not self.all_codes:
+            log_probs = log_probs.log_softmax(-1)
+        return child, log_probs
+
+
+def path_log_probs(policy, trie, history, items):
+    """How likely is each step to the policy, and what flow does it see at each state?
+    history (B, T), items (B, P) -> log P_F(s_{l+1} | s_l), log F(s_l), l = 0 .. L - 1:
+    (B, P, L) each."""
+    path = trie.path[items]                                             # (B, P, L + 1)
+    tokens = F.pad(trie.tokens[items][..., :-1], (1, 0))              # (B, P, L), 0 first
+    states, _ = policy.decode(tokens, policy.encode(trie.tokens[history]))  # (B, P, L, d)
+    log_pf = []
+    for level in range(policy.levels):
+        logits = policy.code_logits(states[..., level, :], level)       # (B, P, C)
+        child, log_probs = trie.log_probs(logits, path[..., level], level)
+        slot = path[..., level + 1, None] - child[..., :1]      # children are neighbours
+        log_pf.append(log_probs.gather(-1, slot))                       # (B, P, 1)
+
+    # The head learns what the number of items below does not tell: R is of the size of
+    # 1.
+    log_flow = policy.flow_head(states)[..., 0].float() + trie.log_leaves[path[..., :-1]]
+    return torch.cat(log_pf, -1), log_flow
+
+
+def gumbel_like(x):
+    """Noise such that the argmax of log p + noise is a draw from p, and its top K are K
+    draws without replacement."""
+    return -torch.empty_like(x).exponential_().log()
+
+
+@torch.no_grad()
+def beam_search(policy, trie, history, width=20):
+    """The likeliest items that `width` beams find, best first, and their log p: (B,
+    width) each. All beams walk along the trie, so each ends at an item, and no two at
+    the same. Where the catalogue has fewer items than beams, a row ends with N at
+    -inf."""
+    memory = policy.encode(trie.tokens[history])
+    node = token = history.new_zeros(len(history), 1)                   # (B, W): the root
+    log_p = torch.zeros_like(node, dtype=torch.float)
+    past = None
+    for level in range(policy.levels):
+        state, past = policy.decode(token[..., None], memory, past)     # (B, W, 1, d)
+        logits = policy.code_logits(state[..., 0, :], level)
+        child, log_probs = trie.log_probs(logits, node, level)          # (B, W, children)
+
+        # Of all children of all beams of a history, the best `width`.
+        total = (log_p[..., None] + log_probs).flatten(1)              # (B, W * children)
+        log_p, best = total.topk(min(width, total.shape[1]))
+        node = child.flatten(1).gather(1, best)
+        token = 1 + level * policy.n_codes + trie.code[node]
+
+        # Each goes on from the keys and values of the beam that it comes from.
+        beam = torch.arange(child[..., 0].numel(), device=node.device).view(len(history), -1)
+        beam = beam.gather(1, best // child.shape[-1]).flatten()
+        past = [(keys[beam], values[beam]) for keys, values in past]
+
+    items = trie.leaf_item[node - len(trie.first_child)]
+    items = items.masked_fill(log_p == -torch.inf, len(trie.codes))
+    missing = (0, width - items.shape[1])
+    return F.pad(items, missing, value=len(trie.codes)), F.pad(log_p, missing, value=-torch.inf)
+
+
+@torch.no_grad()
+def draw_items(policy, trie, history, n):
+    """n items (B, n) for each history, drawn from the policy code by code."""
+    memory = policy.encode(trie.tokens[history])
+    node = history.new_zeros(len(history), n)                           # (B, n): the root
+    tokens = node[..., None]
+    for level in range(policy.levels):
+        states, _ = policy.decode(tokens, memory)                   # (B, n, level + 1, d)
+        logits = policy.code_logits(states[..., -1, :], level)
+        child, log_probs = trie.log_probs(logits, node, level)          # (B, n, children)
+        slot = (log_probs + gumbel_like(log_probs)).argmax(-1, keepdim=True)
+        node = child.gather(-1, slot)                                   # (B, n, 1)
+        tokens = torch.cat([tokens, 1 + level * policy.n_codes + trie.code[node]], -1)
+        node = node[..., 0]
+    return trie.leaf_item[node - len(trie.first_child)]
+
+
+# ============================== 5. GFlowGR: which paths, what they are worth, balance
+
+def curriculum_sample(scores, history, clicked, k, beta, pool=512):
+    """K unclicked items for each user, easy ones (low scores) at beta < 0, hard ones at
+    beta > 0, any at 0 (Section 3.1). scores (B, N), history (B, T), clicked (B,) -> ids
+    (B, k). [ours]: the draw, without replacement from softmax(beta * z), z being the
+    standardised score, out of a pool of random items that the batch shares."""
+    ids = torch.randperm(scores.shape[1], device=scores.device)[:pool]  # (N',)
+    z = scores[:, ids]
+    z = (z - z.mean(1, keepdim=True)) / z.std(1, keepdim=True).clamp(min=1e-6)
+    known = torch.cat([history, clicked[:, None]], 1)                   # (B, T + 1)
+    taken = (ids[:, None] == known[:, None]).any(-1)                    # (B, N')
+    preference = (beta * z + gumbel_like(z)).masked_fill(taken, -torch.inf)
+    return ids[preference.topk(k).indices]
+
+
+def collaborative_score(scores):
+    """r_cs of every item, from the collaborative model's scores (B, N): into [0, 1] by
+    each user's lowest and highest score [ours]. (B, N)."""
+    low = scores.amin(1, keepdim=True)
+    high = scores.amax(1, keepdim=True)
+    return (scores - low) / (high - low).clamp(min=1e-6)
+
+
+def code_similarity(codes, clicked):
+    """r_sim: at which share of the levels codes (B, P, L) are the clicked item's (B,
+    L)."""
+    return (codes == clicked[:, None]).float().mean(-1)
+
+
+def reward(r_aug, r_cs, r_sim, parts="aug,cs,sim", floor=1e-4):
+    """R = r_aug + r_cs + r_sim (Section 3.2), each in [0, 1]: was the item clicked, how
+    does the collaborative model score it, how many codes does it share with the clicked
+    one. `parts` names those that count. [ours]: at least `floor`, so that its log is
+    finite."""
+    terms = {"aug": r_aug, "cs": r_cs, "sim": r_sim}
+    return sum(terms[part] for part in parts.split(",")).clamp(min=floor)
+
+
+def confidence(r_aug, r_cs):
+    """Eq. 8, w = 1 - |r_aug - r_cs|: little where click and collaborative model
+    disagree."""
+    return 1 - (r_aug - r_cs).abs()
+
+
+def sft(log_pf):
+    """Eq. 1: -sum_l log P_F(s_l | s_{l-1}), of the path of a clicked item. (.., L) ->
+    (..)."""
+    return -log_pf.sum(-1)
+
+
+def detailed_balance(log_pf, log_flow, log_reward):
+    """Eq. 5: sum_l (log F(s_{l-1}) + log P_F(s_l | s_{l-1}) - log F(s_l))^2, where log
+    F(s_L) is log R. log_pf, log_flow (.., L), log_reward (..) -> (..)."""
+    flow_in = log_flow + log_pf
+    flow_out = torch.cat([log_flow[..., 1:], log_reward[..., None]], -1)
+    return (flow_in - flow_out).square().sum(-1)
+
+
+def trajectory_balance(log_pf, log_flow, log_reward):
+    """Eq. 6: (log Z + sum_l log P_F(s_l | s_{l-1}) - log R)^2. log Z is log F(s_0), so
+    it is the user's own [ours]: the rewards of two users do not sum to the same. Shapes
+    as above."""
+    log_z = log_flow[..., 0]
+    return (log_z + log_pf.sum(-1) - log_reward).square()
+
+
+def gflowgr_loss(policy, teacher, trie, history, clicked, beta, k=4, lam=0.01,
+                 balance=trajectory_balance, parts="aug,cs,sim", weigh=True, global_z=False):
+    """Eq. 7: L_SFT + lambda * the sum over the clicked item and K augmented ones of w *
+    L_GFN. history (B, T), clicked (B,) -> (B,), and what it was made of. Only the
+    policy learns."""
+    with torch.no_grad():
+        # Which paths? The clicked item, and K that the user did not click, easy ones
+        # first (3.1).
+        scores = teacher.scores(history)                                # (B, N)
+        augmented = curriculum_sample(scores, history, clicked, k, beta)  # (B, K)
+        items = torch.cat([clicked[:, None], augmented], 1)            # (B, P), P = 1 + K
+
+        # What is each worth (3.2), and how far do the signals agree (Eq. 8)?
+        codes = trie.codes[:, :trie.semantic]
+        r_aug = (items == clicked[:, None]).float()                     # (B, P)
+        r_cs = collaborative_score(scores).gather(1, items)             # (B, P)
+        r_sim = code_similarity(codes[items], codes[clicked])           # (B, P)
+        r = reward(r_aug, r_cs, r_sim, parts)                           # (B, P)
+        w = confidence(r_aug, r_cs) if weigh else torch.ones_like(r)    # (B, P)
+
+    # How likely is each step to the policy, and what flow does it see at each state?
+    log_pf, log_flow = path_log_probs(policy, trie, history, items)     # (B, P, L) each
+    if global_z:
+        log_z = policy.log_z + trie.log_leaves[0]
+        log_flow = torch.cat([log_z.expand_as(log_flow[..., :1]), log_flow[..., 1:]], -1)
+
+    # Balance: for each path, its probability times all the flow should be its reward.
+    loss_gfn = (w * balance(log_pf, log_flow, r.log())).sum(1)          # (B,)
+    loss_sft = sft(log_pf[:, 0])                                        # (B,)
+    return loss_sft + lam * loss_gfn, {
+        "sft": loss_sft, "gfn": loss_gfn, "log Z": log_flow[:, 0, 0], "log p": log_pf.sum(-1),
+        "R": r, "w": w, "r_aug": r_aug, "r_cs": r_cs, "r_sim": r_sim, "items": items}
+
+
+@torch.no_grad()
+def all_rewards(teacher, trie, history, clicked, parts="aug,cs,sim"):
+    """R of every item (B, N). Their sum is the exact Z(x): here all leaves can be
+    listed."""
+    items = torch.arange(len(trie.codes), device=history.device)
+    codes = trie.codes[:, :trie.semantic]
+    r_aug = (items == clicked[:, None]).float()
+    r_cs = collaborative_score(teacher.scores(history))
+    return reward(r_aug, r_cs, code_similarity(codes[None], codes[clicked]), parts)
+
+
+# =========================== 6. the other methods of the paper's Table 1, and a control
+
+def sft_loss(policy, trie, history, clicked):
+    """SFT. history (B, T), clicked (B,) -> (B,), and what it was made of: so do all of
+    these."""
+    log_pf, _ = path_log_probs(policy, trie, history, clicked[:, None])
+    return sft(log_pf[:, 0]), {}
+
+
+def dpo(chosen, rejected, beta):
+    """S-DPO (Chen et al. 2024): -log sigmoid(-log sum_j exp(beta (D-_j - D+))), D being
+    log p - log p_ref; with one rejected path it is DPO (Rafailov et al. 2023).
+    chosen D+ (B,), rejected D- (B, K) -> (B,)."""
+    return -F.logsigmoid(-(beta * (rejected - chosen[:, None])).logsumexp(1))
+
+
+def path_log_p(policy, trie, history, items):
+    """log p of whole paths (B, P), without dropout: its noise would pass for a
+    change."""
+    policy.eval()
+    return path_log_probs(policy, trie, history, items)[0].sum(-1)
+
+
+def preference_loss(policy, reference, trie, history, chosen, rejected, beta=1.0):
+    """`dpo` of items: chosen (B,), rejected (B, K) -> (B,). beta [paper]."""
+    items = torch.cat([chosen[:, None], rejected], 1)                   # (B, 1 + K)
+    ratio = path_log_p(policy, trie, history, items)
+    ratio = ratio - path_log_p(reference, trie, history, items).detach()
+    return dpo(ratio[:, 0], ratio[:, 1:], beta)
+
+
+def dpo_loss(policy, reference, trie, history, clicked, negatives=1):
+    """DPO, or S-DPO with several negatives: the clicked item against random ones."""
+    alike = torch.zeros(len(history), len(trie.codes), device=history.device)
+    random = curriculum_sample(alike, history, clicked, negatives, 0.0)  # (B, K)
+    return preference_loss(policy, reference, trie, history, clicked, random), {}
+
+
+def sprec_loss(policy, old, trie, history, clicked, progress, iterations=5, beta=0.1):
+    """SPRec (Gao et al. 2025): each iteration of self-play is SFT, then DPO of the
+    clicked item against a draw of the policy of the iteration before, which is the
+    reference, too. [ours]: a draw of the clicked item counts nothing. beta, iterations
+    [paper]."""
+    if progress * iterations % 1 < 0.5:
+        return sft_loss(policy, trie, history, clicked)
+    drawn = draw_items(old, trie, history, 1)                           # (B, 1)
+    loss = preference_loss(policy, old, trie, history, clicked, drawn, beta)
+    return loss * (drawn[:, 0] != clicked), {}
+
+
+def ipa_loss(policy, old, reference, teacher, trie, history, clicked, lam=0.01):
+    """IPA: SFT, and DPO of the item of best reward against that of worst, among those
+    that a beam search of a recent policy finds. lam [ours]."""
+    loss, _ = sft_loss(policy, trie, history, clicked)
+    items, _ = beam_search(old, trie, history, min(20, len(trie.codes)))  # (B, W)
+    rewards = all_rewards(teacher, trie, history, clicked).gather(1, items)
+    order = items.gather(1, rewards.argsort(1, descending=True))
+    preference = preference_loss(policy, reference, trie, history, order[:, 0], order[:, -1:])
+    return loss + lam * preference, {"R": rewards}
+
+
+def clipped_loss(log_p, log_old, log_ref, advantage, clip=0.2, kl=1e-3):
+    """-min(r A, clip(r, 1 - e, 1 + e) A), r = p / p_old (Schulman et al. 2017, Eq. 7),
+    plus kl * (q - 1 - log q), q = p_ref / p (Shao et al. 2024, Eq. 4). (B, P) each.
+    clip, kl [paper]; [ours]: a whole path is one action."""
+    ratio = (log_p - log_old).exp()
+    gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    log_q = log_ref - log_p
+    return kl * (log_q.exp() - 1 - log_q) - gain
+
+
+def group_advantage(rewards):
+    """GRPO's advantage: the standard score of a reward in its group. (B, P)."""
+    spread = rewards.std(1, correction=0, keepdim=True)
+    return (rewards - rewards.mean(1, keepdim=True)) / (spread + 1e-4)
+
+
+def policy_gradient_loss(policy, old, reference, teacher, trie, history, clicked, critic,
+                         group=16):
+    """PPO with a critic, GRPO without one, on items that a recent policy draws. [ours]:
+    the critic V(x) is what the flow head says at the root. group [paper]."""
+    drawn = draw_items(old, trie, history, group)                       # (B, P)
+    rewards = all_rewards(teacher, trie, history, clicked).gather(1, drawn)
+    policy.eval()                       # as in `path_log_p`
+    log_pf, log_flow = path_log_probs(policy, trie, history, drawn)
+    error = rewards - (log_flow[..., 0] - trie.log_leaves[0])               # R - V(x)
+    advantage = error.detach() if critic else group_advantage(rewards)
+    loss = clipped_loss(log_pf.sum(-1), path_log_p(old, trie, history, drawn),
+                        path_log_p(reference, trie, history, drawn), advantage)
+    return (loss + 0.5 * critic * error.square()).mean(1), {"R": rewards}
+
+
+def distillation_loss(policy, teacher, trie, history, clicked, share=0.1):
+    """A control of ours: what does it bring to learn from SASRec without a flow
+    network? SFT on a mixture of the click and of items drawn from SASRec's softmax."""
+    with torch.no_grad():
+        scores = teacher.scores(history)
+        drawn = (scores + gumbel_like(scores)).argmax(1)                # (B,)
+    log_pf, _ = path_log_probs(policy, trie, history, torch.stack([clicked, drawn], 1))
+    loss = sft(log_pf)                                                  # (B, 2)
+    return (1 - share) * loss[:, 0] + share * loss[:, 1], {}
+
+
+# ============================================================ 7. settings, command line
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All settings. [paper], [TIGER], [LETTER]: as those have it; [ours]: our choice. A
+    comment after a setting is its --help; one before some is the stage whose key they
+    enter."""
+    # data
+    dataset: str = "toy"       # toy, beauty, yelp, instruments; a folder or .csv of yours
+    item_vectors: str = ""        # a .npy file of item vectors, instead of TF-IDF and SVD
+    codes: str = ""           # a NAME.index.json; letter: the codes that LETTER published
+    # training
+    max_history: int = 20           # items of a history that the models see [TIGER]
+    precision: str = "auto"         # of matrix products: auto, bf16, fp16 or fp32
+    evaluations: int = 8            # validations of a training, by N@10 [ours]
+    valid_users: int = 4000         # users of these validations [ours]
+    # codes
+    backbone: str = "tiger"         # way to make codes: tiger or letter
+    levels: int = 3               # codebooks, and a code to part twins [TIGER]; LETTER: 4
+    codebook_size: int = 256        # codes of a level, C [TIGER]
+    code_epochs: int = 250          # passes of the RQ-VAE over the items [ours]
+    # sasrec
+    sasrec_dim: int = 128           # width of SASRec [ours]
+    sasrec_epochs: int = 30         # passes over the users [ours]
+    # sft
+    d_model: int = 128              # width of the generator, d [TIGER]
+    heads: int = 4                  # attention heads, H [ours]; TIGER: 6
+    d_kv: int = 32                  # dimensions of a head [ours]; TIGER: 64
+    d_ff: int = 512                 # width of feed-forward layers [ours]; TIGER: 1024
+    layers: int = 3               # blocks of the encoder, of the decoder [ours]; TIGER: 4
+    dropout: float = 0.1            # dropout of the generator [TIGER]
+    softmax: str = "trie"          # over codes leading to items: trie [ours]; all [TIGER]
+    batch: int = 256                # training pairs in a batch [TIGER]
+    lr: float = 0.02                # peak rate, relative to a weight's size [ours]
+    sft_epochs: float = 20.0        # passes of SFT over the training pairs [ours]
+    # finetune
+    finetune_epochs: float = 3.0    # passes of each fine-tuning [ours]
+    finetune_lr: float = 0.003      # peak rate of the fine-tuning [ours]
+    from_scratch: bool = False      # no SFT before, but the length of both
+    # gflownet
+    k: int = 4                      # augmented paths beside the clicked one, K [ours]
+    lam: float = 0.01               # lambda of Eq. 7 [ours]
+    beta: float = 3.0           # the curriculum goes from -b to b [ours]; 0: random items
+    reward: str = "aug,cs,sim"      # parts of the reward that count [paper]
+    confidence: bool = True         # weight each path by Eq. 8 [paper]
+    z: str = "user"                 # Z of each user: user [ours]; of all: global [paper]
+    # run
+    loss: str = "tb"           # some of sft,db,tb,dpo,sdpo,sprec,ipa,ppo,grpo,distil; all
+    seeds: str = "42"               # a run for each, as 42,43,44; then mean and deviation
+    data_dir: str = "data"          # where the datasets lie
+    runs_dir: str = "runs"          # where every stage's result is kept
+    device: str = "auto"            # auto: a GPU where there is one; cpu; cuda
+    fresh: bool = False             # do all stages again, whatever is kept of them
+    show: int = 0                   # users to show Eq. 7 in numbers and both lists for
+    diversity: bool = False         # how varied the lists are (Section 4.5)
+
+
+TOY = dict(levels=2, codebook_size=32, d_model=64, d_kv=16, d_ff=256, layers=2, batch=64,
+           sft_epochs=6.0, finetune_epochs=2.0, evaluations=4, valid_users=1000)
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CHOICES = {"precision": ["auto", *TYPES], "backbone": ["tiger", "letter"],
+           "softmax": ["trie", "all"], "z": ["user", "global"], "device": ["auto", "cpu", "cuda"]}
+LISTS = {"loss": "sft,db,tb,dpo,sdpo,sprec,ipa,ppo,grpo,distil", "reward": "aug,cs,sim"}
+
+
+def settings_by_stage():
+    """{stage: {setting: its help}}, as the comments of `Config` say."""
+    stages = {}
+    for line in inspect.getsource(Config).splitlines():
+        if match := re.match("                                          # (.+)", line):
+            stages[match[1]] = found = {}
+        if match := re.match(r"    (\w+): .+                            # (.+)", line):
+            found[match[1]] = match[2]
+    return stages
+
+
+def command_line(argv=None):
+    """The settings that flags name. Raises DataError where a value makes no sense."""
+    parser = argparse.ArgumentParser(
+        "gflowgr.py", usage="python gflowgr.py [--loss tb] [--dataset beauty] ..",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=110))
+    for stage, settings in settings_by_stage().items():
+        group = parser.add_argument_group(stage)
+        for name, text in settings.items():
+            default = getattr(Config, name)
+            kind = dict(type=type(default), choices=CHOICES.get(name))
+            if isinstance(default, bool):
+                kind = dict(action=argparse.BooleanOptionalAction)
+            group.add_argument("--" + name.replace("_", "-"), default=default,
+                               help=f"{text} (%(default)s)", **kind)
+    if parser.parse_known_args(argv)[0].dataset == "toy":
+        parser.set_defaults(**TOY)
+    cfg = Config(**vars(parser.parse_args(argv)))
+
+    if cfg.loss == "all":
+        cfg = dataclasses.replace(cfg, loss=LISTS["loss"])
+    for name, value in vars(cfg).items():
+        wrong = name in LISTS and not set(value.split(",")) <= set(LISTS[name].split(","))
+        if type(value) is int:
+            wrong = value < (name not in ("k", "show"))
+        if type(value) is float:
+            wrong = not 0 <= value < (1 if name == "dropout" else math.inf)
+        if wrong:
+            raise DataError(f"--{name.replace('_', '-')} {value} makes no sense; see --help")
+    if not re.fullmatch(r"\d+(,\d+)*", cfg.seeds):
+        raise DataError(f"--seeds {cfg.seeds}: whole numbers are needed, as 42 or 42,43,44")
+    return cfg
+
+
+# =================================================== 8. training: the one loop, in view
+
+rank = int(os.environ.get("RANK", 0))              # torchrun tells each process who it is
+world = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def choose_device(cfg):
+    """The settings, with what `auto` stands for. Of several processes, as torchrun
+    starts them, each takes its own GPU and joins the others; all but the first fall
+    silent."""
+    device = cfg.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = cfg.precision
+    if precision == "auto":             # bf16 where the device multiplies in it
+        cpuinfo = Path("/proc/cpuinfo")
+        known = cpuinfo.read_text() if cpuinfo.exists() else ""
+        precision = "bf16" if re.search("avx512_bf16|amx_bf16", known) else "fp32"
+        if device == "cuda":
+            precision = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+    if "cpu" in device and precision == "fp16":
+        raise DataError("--precision fp16 needs a GPU; use bf16 or fp32")
+    if world > 1:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    return dataclasses.replace(cfg, device=device, precision=precision)
+
+
+def wait_for_all():
+    """Let all processes come to this point before any goes on."""
+    if world > 1:
+        dist.barrier()
+
+
+class Step(nn.Module):
+    """A model, its loss, and the frozen policies that the loss asks, as one module: a
+    CPU calls it, a GPU records it as a graph, and its state is what a snapshot
+    keeps."""
+
+    def __init__(self, model, loss_of, precision, **frozen):
+        super().__init__()
+        self.model = model
+        self.loss_of = loss_of
+        self.dtype = TYPES[precision]
+        self.frozen = nn.ModuleDict(frozen)
+
+    def forward(self, progress, *batch):
+        """progress, from 0 to 1, and a batch -> the loss and means to log, all
+        scalars."""
+        self.model.train()              # the loss may have left it in eval mode
+        with torch.autocast(progress.device.type, self.dtype, self.dtype != torch.float32,
+                            cache_enabled=False):  # a graph would keep a weight's old cast
+            loss, seen = self.loss_of(*batch, progress)
+        self.loss = loss.mean()
+        return self.loss, {name: x.detach().float().mean() for name, x in seen.items()}
+
+
+def relative_adamw(model, lr):
+    """AdamW whose rate for each weight is relative to the weight's size at the start,
+    about 1 in an embedding and 0.05 in a matrix, as that of T5's own Adafactor is
+    [ours]."""
+    groups = {}
+    for weight in model.parameters():
+        size = weight.detach().square().mean().sqrt().item()
+        size = f"{size or 10:.0e}"   # one digit: few groups. log_z is 0, its rate its own
+        groups.setdefault(size, []).append(weight)
+    groups = [dict(params=weights, lr=lr * float(size)) for size, weights in groups.items()]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
+
+
+def schedule(step, steps):
+    """The rate's share of its peak: up over the first twentieth, then down half a
+    cosine."""
+    return min(20 * (step + 1) / steps, 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def fit(label, step, pairs, batch, steps, optimiser, folder, evaluations, validate,
+        after=None, graph=True, save_every=180.0):
+    """The one loop that trains all recommenders, on batches of `pairs` -> its seconds.
+    validate() gives metrics, whose N@10 chooses the state to end with; after(done)
+    follows a step. A training that was cut off goes on from folder/snapshot.pt. Raises
+    DataError, and KeyboardInterrupt after Ctrl-C or SIGTERM, when the step is done and
+    all of it is kept."""
+    device = pairs.items.device
+    alike = device.type == "cpu"   # a GPU wants one shape, a CPU histories of like length
+    width = None if alike else int(pairs.length.max())
+    batches = datasets.batches(pairs.length, batch, torch.initial_seed(), alike)
+    scaler = torch.amp.GradScaler(device.type, enabled=step.dtype == torch.float16)
+    parts = dict(step=step, optimiser=optimiser, scaler=scaler)
+    peaks = [group["lr"] for group in optimiser.param_groups]
+    checks = {round(steps * i / evaluations) for i in range(1, evaluations + 1)}
+
+    # Start, or go on where a run was cut off: the same state, the same random numbers.
+    at = dict(done=0, seconds=0.0, noted=0, best={}, score=-1.0, random=torch.get_rng_state())
+    at.update(datasets.load_tensors(folder / "snapshot.pt"))
+    if at["done"]:
+        print(f"{label}: goes on after step {at['done']:,} of {steps:,}", flush=True)
+        for name, part in parts.items():
+            part.load_state_dict(at[name])
+    torch.set_rng_state(at["random"])
+    log = folder / "metrics.jsonl"
+    if rank == 0:
+        log.touch()
+        os.truncate(log, at["noted"])   # what was noted after the snapshot is noted again
+    else:
+        torch.manual_seed(torch.initial_seed() + rank)              # dropout of its own
+    started = time.perf_counter() - at["seconds"]
+    saved = time.perf_counter()
+    caught = []                         # signals
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: caught.append(number))
+    run = step
+    bar = tqdm(desc=label, total=steps, initial=at["done"], disable=rank > 0 or None, leave=False)
+
+    for done, rows in enumerate(itertools.islice(batches, at["done"], steps), at["done"] + 1):
+        # Of several processes each takes its share of the batch.
+        mine = rows[rank::world]
+        progress = torch.full((), (done - 1) / steps, device=device)
+        inputs = (progress, *pairs.batch(mine, width))
+
+        # On a GPU the step becomes a graph: its hundreds of small kernels, one by one,
+        # take longer to launch than to run. From then on all batches have these shapes.
+        if graph and run is step and device.type == "cuda":
+            sample = tuple(x.clone() for x in inputs)
+            run = torch.cuda.make_graphed_callables(step, sample, allow_unused_input=True)
+            step.loss.detach_()   # else gradients would wait for the stream that recorded
+
+        # The step, in mixed precision; in fp16 the loss is scaled up against underflow.
+        loss, means = run(*inputs)
+        scaler.scale(loss * len(mine) / len(rows)).backward()
+        for weight in step.model.parameters():
+            if world > 1 and weight.grad is not None:
+                dist.all_reduce(weight.grad)
+        scaler.unscale_(optimiser)
+        nn.utils.clip_grad_norm_(step.model.parameters(), 1.0)
+        for group, peak in zip(optimiser.param_groups, peaks):
+            group["lr"] = peak * schedule(done - 1, steps)
+        scaler.step(optimiser)
+        scaler.update()
+        optimiser.zero_grad()
+        if after:
+            after(done)
+        bar.update()
+
+        # Validate now and then. The best state so far is the one to end with.
+        metrics = {}
+        if done in checks:
+            metrics = validate()
+            if metrics["N@10"] > at["score"]:
+                at.update(score=metrics["N@10"], best=copy.deepcopy(step.model.state_dict()))
+
+        # Tell how it goes.
+        due = done == steps or time.perf_counter() - saved > save_every
+        if done % 50 == 0 or metrics or due:
+            at["seconds"] = time.perf_counter() - started
+            note = dict(step=done, seconds=at["seconds"], loss=loss.item(), **metrics,
+                        **{name: mean.item() for name, mean in means.items()})
+            if not math.isfinite(note["loss"]) and not scaler.is_enabled():
+                raise DataError(f"{label}: the loss is {note['loss']} at step {done:,}; lower "
+                                "the rate of this training, or --lam")
+            if rank == 0:
+                datasets.add_line(log, note)
+            told = f"loss {note['loss']:.2f}, valid N@10 {max(at['score'], 0):.4f}"
+            bar.set_postfix_str(told)
+            if bar.disable and metrics:
+                try:
+                    print(f"{label}: step {done:,} of {steps:,}, {told}", flush=True)
+                except BrokenPipeError:                 # nobody reads any more (| head)
+                    caught.append(signal.SIGPIPE)
+
+        # Keep all of it, every few minutes, at the end, and where somebody wants to
+        # stop.
+        stop = torch.tensor(len(caught), device=device)
+        if world > 1:
+            dist.all_reduce(stop)                 # all processes stop after the same step
+        if due or stop:
+            at.update(done=done, noted=log.stat().st_size, random=torch.get_rng_state(),
+                      **{name: part.state_dict() for name, part in parts.items()})
+            if rank == 0:
+                datasets.save_tensors(folder / "snapshot.pt", at)
+            saved = time.perf_counter()
+        if stop:
+            raise KeyboardInterrupt(f"{label}: stopped after step {done:,} of {steps:,}")
+    bar.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    step.model.load_state_dict(at["best"])
+    return at["seconds"]
+
+
+# =========================== 9. stages and main: what runs when, and what is kept of it
+
+def stage(cfg, data, number, label, groups, inputs, build):
+    """The result of build(folder), or what an earlier run kept of it in
+    RUNS/DATASET/LABEL-KEY. The key is made of the settings of these groups and of the
+    stage's inputs: what is done anew upstream changes the inputs, so that all that
+    follows from it is done anew, too."""
+    settings = [getattr(cfg, name) for group in groups for name in settings_by_stage()[group]]
+    key = datasets.fingerprint([settings, cfg.seeds, inputs])
+    folder = Path(cfg.runs_dir, data.name, f"{label.replace(' ', '-')}-{key}")
+    code = datasets.code_hash(__file__, datasets.__file__)
+    result = {} if cfg.fresh else datasets.load_tensors(folder / "result.pt")
+    if not result:
+        print(f"stage {number} of {3 + len(cfg.loss.split(','))}, {label}", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        if cfg.fresh and rank == 0:
+            (folder / "snapshot.pt").unlink(missing_ok=True)
+        wait_for_all()
+        torch.manual_seed(int(cfg.seeds))
+        result = build(folder)
+        if rank == 0:
+            result.update(label=label, config=dataclasses.asdict(cfg), code=code)
+            datasets.save_tensors(folder / "result.pt", result)
+            datasets.report(folder.parent / "results.jsonl", result)
+            (folder / "snapshot.pt").unlink(missing_ok=True)
+        wait_for_all()
+        result = datasets.load_tensors(folder / "result.pt")  # in all what the first one kept
+    if result["code"] != code:
+        print(f"note: other code than today's made {label}; --fresh does it again")
+    print(f"{label:<12}{result['seconds']:8,.1f} s, kept in {folder}", flush=True)
+    return result
+
+
+def train(cfg, data, label, folder, step, search, pairs, batch, epochs, optimiser, **options):
+    """Fit a recommender, its state chosen by N@10 of some validation users; then score
+    all of these and, this once, the test users -> what its stage keeps.
+    search(histories) -> (B, 20)."""
+    parts = datasets.split(data, cfg.max_history, cfg.device)
+    shuffled = torch.randperm(data.n_users, generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def score(part, users):
+        # Each process asks for its share of the users, those of like lengths together.
+        step.model.eval()
+        order = torch.argsort(parts[part].length[users], stable=True)
+        items = torch.zeros(len(users), 20, dtype=torch.long, device=cfg.device)
+        with torch.autocast(cfg.device, step.dtype, step.dtype != torch.float32):
+            for some in order[rank::world].split(256 if cfg.device == "cpu" else 1024):
+                history, _ = parts[part].batch(users[some])
+                items[some.to(cfg.device)] = search(history)
+        if world > 1:
+            dist.all_reduce(items)
+        return datasets.ranking_metrics(items, parts[part].target(users)), items.cpu()
+
+    batch = min(batch, len(pairs.end))
+    steps = math.ceil(epochs * len(pairs.end) / batch)
+    seconds = fit(label, step, pairs, batch, steps, optimiser, folder, cfg.evaluations,
+                  lambda: score("valid", shuffled[:cfg.valid_users])[0], **options)
+    everyone = torch.arange(data.n_users)
+    valid, _ = score("valid", everyone)
+    test, items = score("test", everyone)
+    if data.liked is not None:
+        test["liked"] = datasets.liked_unseen(items, data)
+    state = {name: value.cpu() for name, value in step.model.state_dict().items()}
+    return dict(state=state, valid=valid, test=test, top=items.int(), seconds=seconds)
+
+
+def train_sasrec(cfg, data, model, folder):
+    """Stage 1, the collaborative model: all next items of a user's window at once."""
+    step = Step(model, lambda *batch: (model.loss(*batch[:2]), {}), cfg.precision)
+    return train(cfg, data, "SASRec", folder, step,
+                 lambda history: datasets.top(model.scores(history), 20),
+                 datasets.windows(data, cfg.max_history, cfg.device), 128, cfg.sasrec_epochs,
+                 torch.optim.AdamW(model.parameters(), 1e-3, fused=True))
+
+
+def item_codes(cfg, data, collaborative):
+    """Stage 2, a path of codes for each item: from a file, or made of the items'
+    vectors, by LETTER's way also of SASRec's (N, dim). -> codes (N, L), how many of the
+    L carry meaning."""
+    if cfg.codes:
+        codes = datasets.ready_codes(cfg.codes, cfg.dataset, cfg.data_dir, data.n_items)
+        semantic = datasets.semantic_levels(codes)
+        print(datasets.code_figures(codes[:, :semantic]))
+    else:
+        own = datasets.read_vectors(cfg.item_vectors, data.n_items) if cfg.item_vectors else None
+        letter = None
+        if cfg.backbone == "letter":
+            letter = datasets.principal_vectors(collaborative, 32).to(cfg.device)
+
+        def build(folder):
+            started = time.perf_counter()
+            vectors = datasets.item_vectors(data, own, collaborative).to(cfg.device)
+            codes = train_codes(vectors, cfg.levels, cfg.codebook_size, cfg.code_epochs, letter)
+            return dict(codes=codes.cpu(), seconds=time.perf_counter() - started)
+
+        inputs = [data.fingerprint, own, letter]
+        codes = stage(cfg, data, 2, "codes", ["codes"], inputs, build)["codes"]
+        semantic = cfg.levels
+        print(datasets.code_figures(codes, cfg.codebook_size))
+    if len(codes.unique(dim=0)) < len(codes):
+        codes = unique_paths(codes)
+    return codes, semantic
+
+
+def generator(cfg, trie, state=None):
+    """A generator of the size that the settings name, untrained or in a state."""
+    temperature = 0.7 if cfg.backbone == "letter" else 1.0            # [LETTER]: 0.7 to 1
+    model = T5(trie.codes.shape[1], int(trie.codes.max()) + 1, cfg.d_model, cfg.heads, cfg.d_kv,
+               cfg.d_ff, cfg.layers, cfg.dropout, temperature).to(cfg.device)
+    if state:
+        model.load_state_dict(state)
+    return model.eval()
+
+
+def eq7(cfg):
+    """What the settings say of Eq. 7, as arguments of `gflowgr_loss`."""
+    return dict(k=cfg.k, lam=cfg.lam, parts=cfg.reward, weigh=cfg.confidence,
+                global_z=cfg.z == "global")
+
+
+def train_generator(cfg, data, label, folder, loss, trie, teacher, initial, epochs):
+    """Stage 3 and on: the generator, trained by one loss, from a state or from
+    scratch."""
+    policy = generator(cfg, trie, initial)
+    reference = copy.deepcopy(policy).requires_grad_(False)         # as it began
+    old = copy.deepcopy(reference)                                 # as it was a while ago
+    pairs = datasets.split(data, cfg.max_history, cfg.device)["train"]
+    a_while = math.ceil(epochs * len(pairs.end) / cfg.batch / 5) if loss == "sprec" else 8
+
+    def loss_of(history, clicked, progress):
+        given = (trie, history, clicked)
+        if loss == "sft":
+            return sft_loss(policy, *given)
+        if loss in ("db", "tb"):
+            beta = cfg.beta * (2 * progress - 1)             # easy first, hard at the end
+            balance = detailed_balance if loss == "db" else trajectory_balance
+            return gflowgr_loss(policy, teacher, *given, beta, balance=balance, **eq7(cfg))
+        if loss in ("dpo", "sdpo"):
+            return dpo_loss(policy, reference, *given, negatives=1 if loss == "dpo" else 3)
+        if loss == "sprec":
+            return sprec_loss(policy, old, *given, progress)
+        if loss == "ipa":
+            return ipa_loss(policy, old, reference, teacher, *given)
+        if loss in ("ppo", "grpo"):
+            return policy_gradient_loss(policy, old, reference, teacher, *given, loss == "ppo")
+        return distillation_loss(policy, teacher, *given)
+
+    def after(done):
+        if done % a_while == 0:
+            old.load_state_dict(policy.state_dict())
+
+    step = Step(policy, loss_of, cfg.precision, old=old, reference=reference)
+    result = train(cfg, data, label, folder, step,
+                   lambda history: beam_search(policy, trie, history)[0], pairs, cfg.batch, epochs,
+                   relative_adamw(policy, cfg.finetune_lr if initial else cfg.lr), after=after,
+                   graph=loss != "sprec")
+    return dict(result, codes=trie.codes.cpu(), semantic=trie.semantic, ids=data.ids)
+
+
+@torch.no_grad()
+def look(cfg, trie, teacher, result, pairs, users):
+    """What Eq. 7 is made of for users after a training; the K items are random, and the
+    same for each training. And the exact log Z(x) (B,), the log of the sum of all R."""
+    history, clicked = pairs.batch(users)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        _, seen = gflowgr_loss(generator(cfg, trie, result["state"]), teacher, trie, history,
+                               clicked, 0.0, **eq7(cfg))
+    rewards = all_rewards(teacher, trie, history, clicked, cfg.reward)
+    return {**seen, "exact log Z": rewards.sum(1).log()}
+
+
+def run(cfg):
+    """All stages of one seed in order, each done once and then kept -> what the table
+    shows of each, and the users' test items."""
+    if rank > 0:
+        wait_for_all()                                  # the first process downloads
+    data = datasets.load(cfg.dataset, Path(cfg.data_dir), int(cfg.seeds))
+    if rank == 0:
+        wait_for_all()
+    datasets.check_size(data, cfg.max_history, max(cfg.k, 3))
+    print(f"{datasets.figures(data)}; {world} x {cfg.device}, {cfg.precision}, seed {cfg.seeds}")
+
+    # 1: the collaborative model. It is frozen from here on.
+    torch.manual_seed(int(cfg.seeds))
+    teacher = SASRec(data.n_items, cfg.sasrec_dim, max_length=cfg.max_history).to(cfg.device)
+    first = stage(cfg, data, 1, "SASRec", ["training", "sasrec"], [data.fingerprint],
+                  lambda folder: train_sasrec(cfg, data, teacher, folder))
+    teacher.load_state_dict(first["state"])
+    teacher.eval().requires_grad_(False)
+
+    # 2: the codes, a path for each item.
+    codes, semantic = item_codes(cfg, data, first["state"]["item.weight"][:-1])
+    trie = Trie(codes.to(cfg.device), semantic, cfg.softmax == "all")
+
+    # 3: SFT, which all else starts from, and is measured by.
+    inputs = [data.fingerprint, codes, semantic, cfg.backbone]
+    start = stage(cfg, data, 3, "SFT", ["training", "sft"], inputs,
+                  lambda folder: train_generator(cfg, data, "SFT", folder, "sft", trie, teacher,
+                                                 None, cfg.sft_epochs))
+    results = {"popular": datasets.popular(data), "SASRec": first, "SFT": start}
+
+    # 4 and on: each fine-tuning, from the same SFT, of as many steps.
+    initial = None if cfg.from_scratch else start["state"]
+    epochs = cfg.finetune_epochs + cfg.sft_epochs * cfg.from_scratch
+    parts = datasets.split(data, cfg.max_history, cfg.device)
+    for number, loss in enumerate(cfg.loss.split(","), 4):
+        label = ("only " if cfg.from_scratch else "then ") + loss
+        groups = ["training", "sft", "finetune"] + ["gflownet"] * (loss in ("db", "tb"))
+        results[label] = stage(
+            cfg, data, number, label, groups, [*inputs, initial, first["state"]],
+            lambda folder: train_generator(cfg, data, label, folder, loss, trie, teacher, initial,
+                                           epochs))
+        if loss in ("db", "tb"):
+            users = torch.arange(min(1000, data.n_users))
+            print(datasets.balance(*(look(cfg, trie, teacher, result, parts["valid"], users)
+                                     for result in (start, results[label]))))
+
+    for user in range(cfg.show):
+        print(datasets.case_study(data, user, results, *(
+            look(cfg, trie, teacher, result, parts["test"], torch.tensor([user]))
+            for result in (start, results[label]))))
+    if cfg.diversity:
+        print(datasets.diversity_table(results, data))
+    return results, data.items[data.offsets[1:] - 1]
+
+
+@torch.no_grad()
+def recommend(folder, history, k=10):
+    """The k best next items after a history of items, oldest first, by the generator
+    that a run kept in `folder` (as "runs/toy/then-tb-0123456789"), at that run's
+    precision. Items are named as in the dataset: by numbers, or by a .csv's own ids.
+    Raises DataError."""
+    kept = datasets.load_tensors(Path(folder, "result.pt"))
+    if "semantic" not in kept:
+        raise DataError(f"{folder} holds no generator; name one as runs/toy/then-tb-0123456789")
+    cfg = dataclasses.replace(Config(**kept["config"]), device="cpu")
+    trie = Trie(kept["codes"], kept["semantic"], cfg.softmax == "all")
+    ids = kept["ids"] or list(range(len(trie.codes)))
+    if not history or not set(history) <= set(ids) or not 1 <= k <= len(ids):
+        raise DataError(f"a history needs items as {ids[0]!r}, and k must be 1 to {len(ids)}")
+    recent = torch.tensor([[ids.index(item) for item in history[-cfg.max_history:]]])
+    with torch.autocast("cpu", TYPES[cfg.precision], cfg.precision != "fp32"):
+        items, _ = beam_search(generator(cfg, trie, kept["state"]), trie, recent, max(k, 20))
+    return [ids[item] for item in items[0, :k]]
+
+
+def main(argv=None):
+    """The command; returns its exit code."""
+    try:
+        cfg = choose_device(command_line(argv))
+        found = [run(dataclasses.replace(cfg, seeds=seed)) for seed in cfg.seeds.split(",")]
+        print(f"\n{datasets.results_table(found)}\nkept in {cfg.runs_dir}")
+        return 0
+    except DataError as error:
+        message = error
+    except (MemoryError, torch.OutOfMemoryError):
+        message = "memory has run out; use a smaller --batch"
+    except OSError as error:
+        message = f"{error}; --runs-dir says where results are kept"
+    except KeyboardInterrupt as error:
+        message = f"{error}; the same command goes on from there"
+    if rank == 0:
+        print(f"error: {message}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
