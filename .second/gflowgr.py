@@ -834,53 +834,53 @@ class Config:
     comment after a setting is its --help; one before some is the stage whose key they
     enter."""
     # data
-    dataset: str = "toy"       # toy, beauty, yelp, instruments; a folder or .csv of yours
-    item_vectors: str = ""        # a .npy file of item vectors, instead of TF-IDF and SVD
-    codes: str = ""           # a NAME.index.json; letter: the codes that LETTER published
+    dataset: str = "toy"           # toy, beauty, yelp, instruments; a folder, a .csv
+    item_vectors: str = ""         # a .npy file of item vectors, not TF-IDF + SVD
+    codes: str = ""                # a NAME.index.json; letter: LETTER's published codes
     # training
-    max_history: int = 20           # items of a history that the models see [TIGER]
-    precision: str = "auto"         # of matrix products: auto, bf16, fp16 or fp32
-    evaluations: int = 8            # validations of a training, by N@10 [ours]
-    valid_users: int = 4000         # users of these validations [ours]
+    max_history: int = 20          # items of a history that the models see [TIGER]
+    precision: str = "auto"        # of matrix products: auto, bf16, fp16 or fp32
+    evaluations: int = 8           # validations of a training, by N@10 [ours]
+    valid_users: int = 4000        # users of these validations [ours]
     # codes
-    backbone: str = "tiger"         # way to make codes: tiger or letter
-    levels: int = 3               # codebooks, and a code to part twins [TIGER]; LETTER: 4
-    codebook_size: int = 256        # codes of a level, C [TIGER]
-    code_epochs: int = 250          # passes of the RQ-VAE over the items [ours]
+    backbone: str = "tiger"        # way to make codes: tiger or letter
+    levels: int = 3                # codebooks, + 1 code to part twins [TIGER]; LETTER: 4
+    codebook_size: int = 256       # codes of a level, C [TIGER]
+    code_epochs: int = 250         # passes of the RQ-VAE over the items [ours]
     # sasrec
-    sasrec_dim: int = 128           # width of SASRec [ours]
-    sasrec_epochs: int = 30         # passes over the users [ours]
+    sasrec_dim: int = 128          # width of SASRec [ours]
+    sasrec_epochs: int = 30        # passes over the users [ours]
     # sft
-    d_model: int = 128              # width of the generator, d [TIGER]
-    heads: int = 4                  # attention heads, H [ours]; TIGER: 6
-    d_kv: int = 32                  # dimensions of a head [ours]; TIGER: 64
-    d_ff: int = 512                 # width of feed-forward layers [ours]; TIGER: 1024
-    layers: int = 3               # blocks of the encoder, of the decoder [ours]; TIGER: 4
-    dropout: float = 0.1            # dropout of the generator [TIGER]
-    softmax: str = "trie"          # over codes leading to items: trie [ours]; all [TIGER]
-    batch: int = 256                # training pairs in a batch [TIGER]
-    lr: float = 0.02                # peak rate, relative to a weight's size [ours]
-    sft_epochs: float = 20.0        # passes of SFT over the training pairs [ours]
+    d_model: int = 128             # width of the generator, d [TIGER]
+    heads: int = 4                 # attention heads, H [ours]; TIGER: 6
+    d_kv: int = 32                 # dimensions of a head [ours]; TIGER: 64
+    d_ff: int = 512                # width of feed-forward layers [ours]; TIGER: 1024
+    layers: int = 3                # blocks of encoder, of decoder [ours]; TIGER: 4
+    dropout: float = 0.1           # dropout of the generator [TIGER]
+    softmax: str = "trie"          # over codes that lead to items [ours], all [TIGER]
+    batch: int = 256               # training pairs in a batch [TIGER]
+    lr: float = 0.02               # peak rate, relative to a weight's size [ours]
+    sft_epochs: float = 20.0       # passes of SFT over the training pairs [ours]
     # finetune
-    finetune_epochs: float = 3.0    # passes of each fine-tuning [ours]
-    finetune_lr: float = 0.003      # peak rate of the fine-tuning [ours]
-    from_scratch: bool = False      # no SFT before, but the length of both
+    finetune_epochs: float = 3.0   # passes of each fine-tuning [ours]
+    finetune_lr: float = 0.003     # peak rate of the fine-tuning [ours]
+    from_scratch: bool = False     # no SFT before, but the length of both
     # gflownet
-    k: int = 4                      # augmented paths beside the clicked one, K [ours]
-    lam: float = 0.01               # lambda of Eq. 7 [ours]
-    beta: float = 3.0           # the curriculum goes from -b to b [ours]; 0: random items
-    reward: str = "aug,cs,sim"      # parts of the reward that count [paper]
-    confidence: bool = True         # weight each path by Eq. 8 [paper]
-    z: str = "user"                 # Z of each user: user [ours]; of all: global [paper]
+    k: int = 4                     # augmented paths beside the clicked one, K [ours]
+    lam: float = 0.01              # lambda of Eq. 7 [ours]
+    beta: float = 3.0              # curriculum from -b to b [ours]; 0: random items
+    reward: str = "aug,cs,sim"     # parts of the reward that count [paper]
+    confidence: bool = True        # weight each path by Eq. 8 [paper]
+    z: str = "user"                # Z of each user: user [ours]; of all: global [paper]
     # run
-    loss: str = "tb"           # some of sft,db,tb,dpo,sdpo,sprec,ipa,ppo,grpo,distil; all
-    seeds: str = "42"               # a run for each, as 42,43,44; then mean and deviation
-    data_dir: str = "data"          # where the datasets lie
-    runs_dir: str = "runs"          # where every stage's result is kept
-    device: str = "auto"            # auto: a GPU where there is one; cpu; cuda
-    fresh: bool = False             # do all stages again, whatever is kept of them
-    show: int = 0                   # users to show Eq. 7 in numbers and both lists for
-    diversity: bool = False         # how varied the lists are (Section 4.5)
+    loss: str = "tb"               # of sft,db,tb,dpo,sdpo,sprec,ipa,ppo,grpo,distil; all
+    seeds: str = "42"              # a run for each, as 42,43,44; then mean and deviation
+    data_dir: str = "data"         # where the datasets lie
+    runs_dir: str = "runs"         # where every stage's result is kept
+    device: str = "auto"           # auto: a GPU where there is one; cpu; cuda
+    fresh: bool = False            # do all stages again, whatever is kept of them
+    show: int = 0                  # users to show Eq. 7 in numbers and both lists for
+    diversity: bool = False        # how varied the lists are (Section 4.5)
 
 
 TOY = dict(levels=2, codebook_size=32, d_model=64, d_kv=16, d_ff=256, layers=2, batch=64,
@@ -895,9 +895,9 @@ def settings_by_stage():
     """{stage: {setting: its help}}, as the comments of `Config` say."""
     stages = {}
     for line in inspect.getsource(Config).splitlines():
-        if match := re.match("                                          # (.+)", line):
+        if match := re.match("    # (.+)", line):
             stages[match[1]] = found = {}
-        if match := re.match(r"    (\w+): .+                            # (.+)", line):
+        if match := re.match(r"    (\w+): .+  # (.+)", line):
             found[match[1]] = match[2]
     return stages
 
@@ -1089,30 +1089,24 @@ def fit(label, step, pairs, batch, steps, optimiser, folder, evaluations, valida
             if metrics["N@10"] > at["score"]:
                 at.update(score=metrics["N@10"], best=copy.deepcopy(step.model.state_dict()))
 
-        # Tell how it goes.
-        due = done == steps or time.perf_counter() - saved > save_every
-        if done % 50 == 0 or metrics or due:
+        # Note how it goes, for metrics.jsonl and the bar.
+        due = metrics or done == steps or time.perf_counter() - saved > save_every
+        if done % 50 == 0 or due:
             at["seconds"] = time.perf_counter() - started
             note = dict(step=done, seconds=at["seconds"], loss=loss.item(), **metrics,
                         **{name: mean.item() for name, mean in means.items()})
             if not math.isfinite(note["loss"]) and not scaler.is_enabled():
-                raise DataError(f"{label}: the loss is {note['loss']} at step {done:,}; lower "
-                                "the rate of this training, or --lam")
+                raise DataError(f"{label}: the loss is {note['loss']} at step {done:,}; "
+                                "lower the rate of this training, or --lam")
             if rank == 0:
                 datasets.add_line(log, note)
             told = f"loss {note['loss']:.2f}, valid N@10 {max(at['score'], 0):.4f}"
             bar.set_postfix_str(told)
-            if bar.disable and metrics:
-                try:
-                    print(f"{label}: step {done:,} of {steps:,}, {told}", flush=True)
-                except BrokenPipeError:                 # nobody reads any more (| head)
-                    caught.append(signal.SIGPIPE)
 
-        # Keep all of it, every few minutes, at the end, and where somebody wants to
-        # stop.
+        # Keep all of it every few minutes, and where somebody wants to stop.
         stop = torch.tensor(len(caught), device=device)
         if world > 1:
-            dist.all_reduce(stop)                 # all processes stop after the same step
+            dist.all_reduce(stop)                   # all processes stop after the same step
         if due or stop:
             at.update(done=done, noted=log.stat().st_size, random=torch.get_rng_state(),
                       **{name: part.state_dict() for name, part in parts.items()})
@@ -1121,6 +1115,8 @@ def fit(label, step, pairs, batch, steps, optimiser, folder, evaluations, valida
             saved = time.perf_counter()
         if stop:
             raise KeyboardInterrupt(f"{label}: stopped after step {done:,} of {steps:,}")
+        if metrics and bar.disable:                 # piped output has lines, not a bar
+            print(f"{label}: step {done:,} of {steps:,}, {told}", flush=True)
     bar.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -1387,10 +1383,10 @@ def main(argv=None):
         message = error
     except (MemoryError, torch.OutOfMemoryError):
         message = "memory has run out; use a smaller --batch"
+    except (KeyboardInterrupt, BrokenPipeError) as error:       # Ctrl-C, SIGTERM, | head
+        message = f"{error}; the same command goes on from there"
     except OSError as error:
         message = f"{error}; --runs-dir says where results are kept"
-    except KeyboardInterrupt as error:
-        message = f"{error}; the same command goes on from there"
     if rank == 0:
         print(f"error: {message}", file=sys.stderr)
     return 1
