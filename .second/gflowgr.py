@@ -116,8 +116,7 @@ class ResidualQuantiser(nn.Module):
             codes.append(code)
             residuals.append(residual)
 
-            # The code moves to what it stands for, and the encoder stays near its
-            # codes.
+            # The code moves to what it stands for, the encoder stays near its code.
             loss = loss + F.mse_loss(chosen, residual.detach())
             loss = loss + self.commitment * F.mse_loss(residual, chosen.detach())
 
@@ -187,13 +186,12 @@ def train_codes(vectors, levels, size, epochs, collaborative=None, alignment=0.1
         quantiser.initialise(model.encoder(vectors))
 
     for epoch in tqdm(range(epochs), desc="codes", disable=None, leave=False):
-        # Some fifteen times unused codes move to where items are; at the end all come
-        # to rest.
+        # Some fifteen times unused codes move to where items are, at last they rest.
         if epoch % max(epochs // 15, 1) == 0:
             if 0 < epoch < 0.8 * epochs:
                 with torch.no_grad():
                     quantiser.restart_dead_codes(model.encoder(vectors))
-            clusters = []              # of each codebook; LETTER makes them of equal size
+            clusters = []               # of the codes; LETTER makes them of equal size
             for codebook in quantiser.codebooks.detach():
                 clusters.append(torch.cdist(codebook, kmeans(codebook, 10)).argmin(1))
 
@@ -214,9 +212,8 @@ def train_codes(vectors, levels, size, epochs, collaborative=None, alignment=0.1
 
 
 def unique_paths(codes):
-    """Append a code that counts the items of equal codes, by item id: (N, L) -> (N, L +
-    1) (TIGER). Of items with codes (3, 1), (3, 1), (0, 2) the paths are (3, 1, 0), (3,
-    1, 1), (0, 2, 0)."""
+    """Append a code that counts the items of equal codes: (N, L) -> (N, L + 1) (TIGER).
+    Items with the codes (3, 1), (3, 1), (0, 2) get (3, 1, 0), (3, 1, 1), (0, 2, 0)."""
     _, group = torch.unique(codes, dim=0, return_inverse=True)          # (N,)
     order = torch.argsort(group, stable=True)  # twins side by side, in the order of their ids
     size = torch.bincount(group)
@@ -255,8 +252,8 @@ class SASRec(nn.Module):
         return self.norm(x)
 
     def scores(self, history):
-        """History (B, T) of one item or more -> each item's score as the next one (B,
-        N). In float32: in bf16 the best items would tie."""
+        """History (B, T), none empty -> each item's score as the next one (B, N). In
+        float32: in bf16 the best items would tie."""
         last = (history != self.item.padding_idx).sum(1) - 1            # (B,)
         rows = torch.arange(len(history), device=history.device)
         state = self(history)[rows, last].float()                       # (B, d)
@@ -293,8 +290,7 @@ class Dropout(nn.Module):
         size = x.numel()
         places = 1 << 24
         if len(self.strip) < places + size or self.strip.dtype != x.dtype:
-            # Of a fixed seed: a longer strip begins as the shorter one, so a resumed
-            # run has the same.
+            # Of a fixed seed: a resumed run has the same, and a longer one begins so.
             noise = torch.rand(places + 2 * size, generator=torch.Generator().manual_seed(0))
             self.strip = (noise >= self.p).to(x.dtype) / (1 - self.p)
         start = int(torch.randint(places, ()))
@@ -337,8 +333,8 @@ class Attention(nn.Module):
         return self.kv(x).unflatten(-1, (2 * self.heads, -1)).transpose(1, 2).chunk(2, 1)
 
     def forward(self, x, keys, values, bias):
-        """Queries x (B, S, d); keys, values (B, H, S', d_kv); bias (.., S, S') -> (B,
-        S, d)."""
+        """Queries x (B, S, d), keys and values (B, H, S', d_kv), bias (.., S, S')
+        -> (B, S, d)."""
         queries = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         logits = queries @ keys.transpose(-1, -2) + bias                # (B, H, S, S')
         weights = logits.softmax(-1, dtype=torch.float32).to(values.dtype)
@@ -372,8 +368,7 @@ class Block(nn.Module):
             present = [torch.cat(pair, 2) for pair in zip(past, present)]
         x = x + self.dropout(self.attention(h, *present, bias))
 
-        # All P paths of a history ask the same memory, side by side: it is never
-        # repeated.
+        # All P paths of a history ask the same memory, which is never repeated.
         if memory:
             h = self.cross_norm(x).view(len(memory[0]), -1, x.shape[-1])  # (B, P * S, d)
             x = x + self.dropout(self.cross(h, *memory)).view(x.shape)
@@ -433,8 +428,8 @@ class T5(nn.Module):
 
     def encode(self, tokens):
         """Tokens of histories (B, T, L), 0 where padded -> the memory, once for all
-        paths: of each decoder block keys and values (B, H, M, d_kv), and a bias (B, 1,
-        1, M)."""
+        paths: for each block of the decoder, keys and values (B, H, M, d_kv) and a bias
+        (B, 1, 1, M)."""
         tokens = tokens.flatten(1)                                     # (B, M), M = T * L
         x = self.embed(tokens)
         position = torch.arange(tokens.shape[1], device=tokens.device)
@@ -474,13 +469,13 @@ class T5(nn.Module):
 # ================= 4. a policy on a tree: its probabilities, its flows, its best leaves
 
 class Trie:
-    """The catalogue: the tree of all items' codes, in O(N) memory. Nodes are numbered level by level from
-    the root, 0, so that the children of a node are neighbours. Of three items with codes (0, 1), (0, 2)
-    and (3, 1), n being a node and (c) the code that leads to it:
+    """The catalogue as a tree of codes, in O(N) memory. Its nodes are numbered level by
+    level from the root, 0, so that the children of a node are neighbours. For the items
+    (0, 1), (0, 2) and (3, 1), where "2 (3)" is node 2, to which code 3 leads:
 
-        0 --+-- 1 (0) --+-- 3 (1)  item 0       path        = [[0, 1, 3], [0, 1, 4], [0, 2, 5]]
-            |           +-- 4 (2)  item 1       code        = [-, 0, 3, 1, 2, 1]
-            +-- 2 (3) ----- 5 (1)  item 2       first_child = [1, 3, 5]    n_children = [2, 2, 1]
+        0 --+-- 1 (0) --+-- 3 (1)  item 0     path = [[0, 1, 3], [0, 1, 4], [0, 2, 5]]
+            |           +-- 4 (2)  item 1     code = [-, 0, 3, 1, 2, 1]
+            +-- 2 (3) ----- 5 (1)  item 2     first_child = [1, 3, 5], n_children = [2, 2, 1]
     """
 
     def __init__(self, codes, semantic=None, all_codes=False):
@@ -550,8 +545,7 @@ def path_log_probs(policy, trie, history, items):
         slot = path[..., level + 1, None] - child[..., :1]      # children are neighbours
         log_pf.append(log_probs.gather(-1, slot))                       # (B, P, 1)
 
-    # The head learns what the number of items below does not tell: R is of the size of
-    # 1.
+    # The head learns what the number of items below does not tell, R being near 1.
     log_flow = policy.flow_head(states)[..., 0].float() + trie.log_leaves[path[..., :-1]]
     return torch.cat(log_pf, -1), log_flow
 
@@ -636,8 +630,8 @@ def collaborative_score(scores):
 
 
 def code_similarity(codes, clicked):
-    """r_sim: at which share of the levels codes (B, P, L) are the clicked item's (B,
-    L)."""
+    """r_sim: the share of levels at which codes (B, P, L) are the clicked item's
+    (B, L)."""
     return (codes == clicked[:, None]).float().mean(-1)
 
 
@@ -1028,7 +1022,7 @@ def fit(label, step, pairs, batch, steps, optimiser, folder, evaluations, valida
     scaler = torch.amp.GradScaler(device.type, enabled=step.dtype == torch.float16)
     parts = dict(step=step, optimiser=optimiser, scaler=scaler)
     peaks = [group["lr"] for group in optimiser.param_groups]
-    checks = {round(steps * i / evaluations) for i in range(1, evaluations + 1)}
+    every = math.ceil(steps / evaluations)
 
     # Start, or go on where a run was cut off: the same state, the same random numbers.
     at = dict(done=0, seconds=0.0, noted=0, best={}, score=-1.0, random=torch.get_rng_state())
@@ -1046,7 +1040,7 @@ def fit(label, step, pairs, batch, steps, optimiser, folder, evaluations, valida
         torch.manual_seed(torch.initial_seed() + rank)              # dropout of its own
     started = time.perf_counter() - at["seconds"]
     saved = time.perf_counter()
-    caught = []                         # signals
+    caught = []                         # signals, which wait for the end of a step
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: caught.append(number))
     run = step
@@ -1084,13 +1078,13 @@ def fit(label, step, pairs, batch, steps, optimiser, folder, evaluations, valida
 
         # Validate now and then. The best state so far is the one to end with.
         metrics = {}
-        if done in checks:
+        if done % every == 0 or done == steps:
             metrics = validate()
             if metrics["N@10"] > at["score"]:
                 at.update(score=metrics["N@10"], best=copy.deepcopy(step.model.state_dict()))
 
         # Note how it goes, for metrics.jsonl and the bar.
-        due = metrics or done == steps or time.perf_counter() - saved > save_every
+        due = metrics or time.perf_counter() - saved > save_every
         if done % 50 == 0 or due:
             at["seconds"] = time.perf_counter() - started
             note = dict(step=done, seconds=at["seconds"], loss=loss.item(), **metrics,
@@ -1104,9 +1098,10 @@ def fit(label, step, pairs, batch, steps, optimiser, folder, evaluations, valida
             bar.set_postfix_str(told)
 
         # Keep all of it every few minutes, and where somebody wants to stop.
-        stop = torch.tensor(len(caught), device=device)
-        if world > 1:
-            dist.all_reduce(stop)                   # all processes stop after the same step
+        stop = len(caught)
+        if world > 1:                   # all processes stop after the same step
+            stop = torch.tensor(stop, device=device)
+            dist.all_reduce(stop)
         if due or stop:
             at.update(done=done, noted=log.stat().st_size, random=torch.get_rng_state(),
                       **{name: part.state_dict() for name, part in parts.items()})
@@ -1209,18 +1204,21 @@ def item_codes(cfg, data, collaborative):
         semantic = datasets.semantic_levels(codes)
         print(datasets.code_figures(codes[:, :semantic]))
     else:
-        own = datasets.read_vectors(cfg.item_vectors, data.n_items) if cfg.item_vectors else None
-        letter = None
-        if cfg.backbone == "letter":
-            letter = datasets.principal_vectors(collaborative, 32).to(cfg.device)
+        own = None
+        if cfg.item_vectors:
+            own = datasets.read_vectors(cfg.item_vectors, data.n_items)
+        letter = cfg.backbone == "letter"
 
         def build(folder):
             started = time.perf_counter()
             vectors = datasets.item_vectors(data, own, collaborative).to(cfg.device)
-            codes = train_codes(vectors, cfg.levels, cfg.codebook_size, cfg.code_epochs, letter)
+            near = datasets.principal_vectors(collaborative, 32).to(cfg.device)
+            codes = train_codes(vectors, cfg.levels, cfg.codebook_size, cfg.code_epochs,
+                                near if letter else None)
             return dict(codes=codes.cpu(), seconds=time.perf_counter() - started)
 
-        inputs = [data.fingerprint, own, letter]
+        asks_sasrec = letter or not any(data.texts)
+        inputs = [data.fingerprint, own, collaborative if asks_sasrec else None]
         codes = stage(cfg, data, 2, "codes", ["codes"], inputs, build)["codes"]
         semantic = cfg.levels
         print(datasets.code_figures(codes, cfg.codebook_size))
@@ -1393,4 +1391,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.stdout.reconfigure(errors="replace")            # of a console that has no "±"
+    sys.exit(main())

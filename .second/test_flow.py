@@ -387,3 +387,106 @@ def test_rough_worlds_train_or_are_refused_in_one_sentence(tmp_path, capsys, n):
         code = g.main([*command(tmp_path / "World", *flags), "--dataset", str(folder)])
         shown = capsys.readouterr()
         assert code == 0 and "\ntest " in shown.out or shown.err.startswith("error: "), sequences
+
+
+# --------------------------------------------------------------------- the benchmark
+
+TIGER = dict(heads=6, d_kv=64, d_ff=1024, layers=4)
+BEAUTY_LENGTHS = [22363, 22363, 15201, 10980, 8300, 6489, 5123, 4242, 3547, 2989,
+                  2550, 2189, 1927, 1720, 1507, 1366, 1248, 1136, 1019, 15154]
+
+
+def pairs_like_beauty(n_items=12101, n=60_000):
+    """Random items in histories as long as those of Beauty's training pairs."""
+    lengths = 1 + torch.multinomial(torch.tensor(BEAUTY_LENGTHS).double(), n, replacement=True)
+    end = torch.randint(20, 200_000, (n,))
+    items = torch.cat([torch.randint(n_items, (200_000,)), torch.tensor([n_items])])
+    return datasets.Examples(items, end - lengths, end)
+
+
+def median_seconds(*works, runs=5):
+    """The median time of each of several works, done in turns, after one turn to warm up."""
+    times = []
+    for _ in range(runs + 1):
+        times.append([])
+        for work in works:
+            start = time.perf_counter()
+            work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[-1].append(time.perf_counter() - start)
+    return [float(np.median(column)) for column in list(zip(*times[1:]))]
+
+
+def steps_of(loss_of, model, precision, pairs, batches):
+    """All that `fit` does for some batches, as a function."""
+    step = g.Step(model, loss_of, precision)
+    optimiser = g.relative_adamw(model, 1e-3)
+
+    def work():
+        for rows in batches:
+            loss, _ = step(torch.tensor(0.5), *pairs.batch(rows))
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+
+    return work
+
+
+def hugging_face(pairs, trie, batches):
+    """A step of Hugging Face's T5 at TIGER's size, in float32, as LETTER trains it."""
+    import transformers
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(
+        vocab_size=1025, d_model=128, num_heads=6, d_kv=64, d_ff=1024, num_layers=4,
+        decoder_start_token_id=0, pad_token_id=0)).train()
+
+    def loss_of(history, clicked, progress):
+        tokens = trie.tokens[history].flatten(1)
+        return model(input_ids=tokens, attention_mask=(tokens > 0).long(),
+                     labels=trie.tokens[clicked]).loss[None], {}
+
+    return steps_of(loss_of, model, "fp32", pairs, batches)
+
+
+def benchmark(n_steps=8):
+    """Print pairs/s of SFT and TB, users/s of the search, and pairs/s of Hugging Face's T5."""
+    precision = g.choose_device(g.Config()).precision
+    torch.manual_seed(0)
+    pairs = pairs_like_beauty()
+    trie = g.Trie(g.unique_paths(torch.randint(256, (12101, 3))), 3)
+    teacher = g.SASRec(12101).eval().requires_grad_(False)
+    batches = list(itertools.islice(datasets.batches(pairs.length, 256, 0, True), n_steps))
+    rows = [["", "SFT pairs/s", "TB pairs/s", "TB step / SFT's", "users/s"]]
+    for name, size in (("default size", {}), ("TIGER's size", TIGER)):
+        policy = g.generator(g.Config(device="cpu", **size), trie)
+        history, _ = pairs.batch(batches[0])
+
+        def tb_loss(history, clicked, progress):
+            return g.gflowgr_loss(policy, teacher, trie, history, clicked, 0.0)
+
+        def search():
+            policy.eval()
+            with torch.autocast("cpu", g.TYPES[precision], precision != "fp32"):
+                g.beam_search(policy, trie, history)
+
+        works = [steps_of(lambda x, y, _: g.sft_loss(policy, trie, x, y), policy, precision, pairs,
+                          batches),
+                 steps_of(tb_loss, policy, precision, pairs, batches), search]
+        if size and importlib.util.find_spec("transformers"):
+            works.append(hugging_face(pairs, trie, random_batches(pairs, n_steps)))
+        sft, tb, users, *standard = median_seconds(*works)
+        n = 256 * n_steps
+        rows.append([name, f"{n / sft:,.0f}", f"{n / tb:,.0f}", f"{tb / sft:.2f}", f"{256 / users:,.0f}"])
+        for took in standard:
+            rows.append(["Hugging Face, TIGER's size", f"{n / took:,.0f}", "", "", ""])
+    print(f"{precision}, {torch.get_num_threads()} threads\n" + datasets.aligned(rows))
+
+
+def random_batches(pairs, n_steps):
+    """Batches of histories of any length, as LETTER has them."""
+    return [torch.randint(len(pairs.end), (256,)) for _ in range(n_steps)]
+
+
+if __name__ == "__main__":
+    benchmark()

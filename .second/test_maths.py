@@ -18,6 +18,7 @@ from torch.testing import assert_close as close
 import gflowgr as g
 
 parametrize = pytest.mark.parametrize
+torch.set_num_threads(1)                        # of tensors as small as these more would be slower
 
 
 @pytest.fixture(autouse=True)
@@ -45,12 +46,10 @@ def small_trie(n_items=30, levels=3, width=4, **options):
 
 
 def small_policy(trie, dropout=0.0):
-    """A T5 of width 16 with random weights, those of its flow head included."""
+    """A T5 of width 16 with random weights."""
     levels = trie.codes.shape[1]
     n_codes = int(trie.codes.max()) + 1
-    policy = g.T5(levels, n_codes, 16, 2, 8, 32, 2, dropout)
-    nn.init.normal_(policy.flow_head.weight)
-    return policy.eval()
+    return g.T5(levels, n_codes, 16, 2, 8, 32, 2, dropout).eval()
 
 
 class Teacher(nn.Module):
@@ -214,12 +213,6 @@ def test_letters_alignment_makes_collaborative_neighbours_share_codes():
     assert shared[1] > shared[0] + 0.1
 
 
-def test_unique_paths_count_twins_by_hand():
-    codes = numbers("3 1; 3 1; 0 2; 3 1").long()
-    expected = numbers("3 1 0; 3 1 1; 0 2 0; 3 1 2").long()
-    assert torch.equal(g.unique_paths(codes), expected)
-
-
 def test_unique_paths_count_twins_as_brute_force_does():
     codes = torch.randint(4, (100, 2))
     seen = codes.tolist()
@@ -253,13 +246,13 @@ def test_sasrecs_loss_is_the_mean_cross_entropy_of_each_next_item():
 # Golden values of Hugging Face's T5ForConditionalGeneration (transformers 5.23.0): vocab 25,
 # d_model 16, d_kv 8, d_ff 32, 2 + 2 layers, 2 heads, ReLU, no dropout, tied embeddings. Weight
 # number k of golden_order() is 0.5 * sin(1.7 * i + k) at its i-th place, a norm's is 1 more.
-# Kept are the logits of those tokens that can follow: of two rows, three steps each.
+# Kept are the logits of those tokens that can follow: at three steps, of two rows each.
 GOLDEN_LOGITS = numbers("""
     -0.2107 -0.3462  0.5405 -0.1687 -0.3797  0.5305 -0.1256 -0.4108;
-     0.0581 -0.0583 -0.0025  0.0607 -0.0553 -0.0080  0.0630 -0.0520;
-    -0.0068  0.1261 -0.1133 -0.0181  0.1306 -0.1063 -0.0293  0.1342;
     -0.2091 -0.3647  0.5565 -0.1654 -0.3989  0.5454 -0.1207 -0.4304;
+     0.0581 -0.0583 -0.0025  0.0607 -0.0553 -0.0080  0.0630 -0.0520;
      0.0141 -0.2185  0.1940  0.0337 -0.2261  0.1817  0.0530 -0.2322;
+    -0.0068  0.1261 -0.1133 -0.0181  0.1306 -0.1063 -0.0293  0.1342;
     -0.0588  0.1869 -0.1193 -0.0733  0.1891 -0.1069 -0.0873  0.1900""")
 
 # Its buckets of these distances, in the encoder and in the decoder.
@@ -297,8 +290,7 @@ def golden_logits(temperature=1.0):
     history[1, 25:] = 0
     paths = numbers("0 3 12; 0 8 9").long()[:, None]
     states, _ = model.decode(paths, model.encode(history))
-    steps = [model.code_logits(states[:, 0, level], level) for level in range(3)]
-    return torch.stack(steps, 1).flatten(0, 1)
+    return torch.cat([model.code_logits(states[:, 0, step], step) for step in range(3)])
 
 
 def test_t5_is_the_standard_t5():
@@ -315,14 +307,13 @@ def test_relative_buckets_are_the_standard_ones(two_sided, buckets):
     assert torch.equal(found, buckets.long())
 
 
-def test_dropout_is_wherever_t5_has_it(w):
-    """Embedded; weights and output of each attention, two of each feed-forward; at the end."""
+def test_dropout_is_at_all_24_places_where_t5_has_it(w):
+    """Embedded, 1; the weights and the output of each attention and two of each feed-forward, 4
+    of a block and 6 in the decoder; at the end, 1."""
     calls = []
     w.policy.dropout.register_forward_hook(lambda *call: calls.append(call))
     ask(all_log_p, w)
-    encoder = 1 + 2 * (2 + 2) + 1
-    decoder = 1 + 2 * (4 + 2) + 1
-    assert len(calls) == encoder + decoder
+    assert len(calls) == 24
 
 
 def test_dropout_keeps_its_rate_and_mean_and_draws_anew():
@@ -386,19 +377,22 @@ def test_trie_refuses_two_items_on_one_path():
 def test_every_step_equals_brute_force(w):
     """Each state is decoded by itself, after its own history without padding: so none can see
     padding, another path, or a later code."""
-    w.trie.all_codes = True
+    trie = w.trie
+    trie.all_codes = True
     items = torch.arange(30)
     log_pf, log_flow = ask(g.path_log_probs, w, items=items.expand(4, -1))
     history = w.history[3:, :2].expand(30, -1)
-    memory = w.policy.encode(w.trie.tokens[history])
+    memory = w.policy.encode(trie.tokens[history])
     for level in range(3):
-        tokens = F.pad(w.trie.tokens[items, :level], (1, 0))
+        tokens = F.pad(trie.tokens[items, :level], (1, 0))
         states, _ = w.policy.decode(tokens[:, None], memory)
         state = states[:, 0, -1]
+        code = trie.codes[:, level]
         log_p = w.policy.code_logits(state, level).log_softmax(1)
-        close(log_pf[3, :, level], log_p[items, w.trie.codes[:, level]])
+        close(log_pf[3, :, level], log_p[items, code])
         flow = w.policy.flow_head(state)[:, 0]
-        close(log_flow[3, :, level], flow + w.trie.log_leaves[w.trie.path[:, level]])
+        node = trie.path[:, level]
+        close(log_flow[3, :, level], flow + trie.log_leaves[node])
 
 
 def test_probabilities_of_all_items_sum_to_one(w):
@@ -431,15 +425,12 @@ def test_a_narrow_beam_finds_different_items_with_their_log_p_best_first(w):
     assert (log_p.diff() < 0).all()
 
 
-def test_draws_follow_the_policy():
+def test_draws_follow_the_policy(w):
     """By chi-square: one of a thousand such tests would fail by chance."""
-    trie = small_trie(8)
-    policy = small_policy(trie)
-    history = torch.tensor([[0, 1]])
-    drawn = g.draw_items(policy, trie, history, 20000)
-    count = torch.bincount(drawn[0], minlength=8)
-    expected = 20000 * all_log_p(policy, trie, history)[0].exp()
-    assert ((count - expected).square() / expected).sum() < 24.3
+    drawn = ask(g.draw_items, w, n=20000)
+    count = torch.bincount(drawn[3], minlength=30)
+    expected = 20000 * ask(all_log_p, w)[3].exp()
+    assert ((count - expected).square() / expected).sum() < 58.3
 
 
 # ============================================================================ 5. GFlowGR
@@ -476,11 +467,6 @@ def test_collaborative_score_by_hand():
 def test_reward_is_the_sum_of_its_parts_and_at_least_its_floor(parts, expected):
     r_aug, r_cs, r_sim = numbers("1 0 0; 0.9 0.7 0; 1 0.5 0")
     close(g.reward(r_aug, r_cs, r_sim, parts, floor=0.5), numbers(expected))
-
-
-def test_confidence_by_hand():
-    weight = g.confidence(numbers("1 0 0"), numbers("0.9 0.7 0.1"))
-    close(weight, numbers("0.9 0.3 0.9"))
 
 
 @parametrize("case", [
@@ -612,15 +598,12 @@ def test_all_weights_that_a_method_uses_get_a_gradient_and_the_teacher_none(w, n
     assert w.teacher.given.grad is None
 
 
-@parametrize("name, expected", [
-    ("dpo", math.log(2)),
-    ("sdpo", math.log(4)),
-    ("grpo", 0.0)])
-def test_where_a_policy_is_its_own_reference_ratios_are_one_whatever_the_dropout(
-        w, name, expected):
+@parametrize("name, expected", [("dpo", 2.0), ("sdpo", 4.0), ("grpo", 1.0)])
+def test_losses_begin_at_log_1_plus_k_and_at_0_whatever_the_dropout(w, name, expected):
+    """Where a policy is its own reference, all ratios are one."""
     w.policy = w.old = w.reference = small_policy(w.trie, dropout=0.5).train()
     loss, _ = ask(METHODS[name], w)
-    near(loss, torch.full((4,), expected), 1e-4)
+    near(loss.exp(), torch.full((4,), expected), 1e-3)
 
 
 def test_dpo_and_s_dpo_by_hand():
@@ -698,8 +681,8 @@ def test_policy_gradient_loss_and_the_values_gradient_by_hand(w, critic):
     _, log_flow = ask(g.path_log_probs, w, items=drawn)
     error = rewards - log_flow[..., 0] + math.log(30)
     advantage = error.detach() if critic else g.group_advantage(rewards)
-    each = g.clipped_loss(*log_p, advantage) + critic * error.square() / 2
-    expected = each.mean(1)
+    expected = g.clipped_loss(*log_p, advantage) + critic * error.square() / 2
+    expected = expected.mean(1)
     close(loss, expected)
     gradient = partial(torch.autograd.grad, inputs=w.policy.flow_head.weight)
     close(gradient(loss.sum()), gradient(expected.sum()))
@@ -710,7 +693,8 @@ def test_a_method_moves_probability_to_items_of_more_reward(w, name):
     rewards = ask(g.all_rewards, w)
 
     def mean_reward():
-        return (ask(all_log_p, w).exp() * rewards).sum(1)
+        p = ask(all_log_p, w).exp()
+        return (p * rewards).sum(1).mean()
 
     def loss_of():
         w.old.load_state_dict(w.policy.state_dict())
@@ -718,9 +702,8 @@ def test_a_method_moves_probability_to_items_of_more_reward(w, name):
         return loss
 
     before = mean_reward()
-    minimise(loss_of, w.policy.parameters(), 40, 0.01)
-    print(name, before, mean_reward())
-    assert (mean_reward() > before + 0.2).all()
+    minimise(loss_of, w.policy.parameters(), 60, 0.01)
+    assert mean_reward() > before + 0.3
 
 
 def test_distillation_is_on_average_the_cross_entropy_of_the_mixture():
