@@ -1,218 +1,235 @@
-"""GFlowGR in one file: fine-tuning generative recommenders by generative flow networks (arXiv 2506.16114v1).
+"""GFlowGR in one file: fine-tuning a generative recommender by a generative flow network.
 
-A generative recommender writes an item as a short path of codes, so it is a policy on a tree whose leaves are
-the items. Trained on clicks alone (SFT), it takes all else for negative. GFlowGR adds paths of unclicked
-items, chosen from easy to hard by a collaborative model, rewards each path, and adds a loss that is zero
-where the probability of each path is its share of all reward:
+The paper is arXiv 2506.16114. A generative recommender writes an item as a short path of
+codes, so it is a policy on a tree whose leaves are the items. Trained on clicks alone (SFT), it
+takes every other item for wrong. GFlowGR adds paths of unclicked items, chosen from easy to
+hard by a collaborative model, gives each path a reward, and trains the policy until the
+probability of each path is its share of all reward:
 
-    item text --TF-IDF, SVD--> vectors --RQ-VAE--> codes ------------------------------+
-    histories --SASRec--> scores --curriculum--> K unclicked items --> reward, weight -+-> DB / TB loss -> T5
-    recommendations <-- beam search over the trie of all items' codes <----------------------------------- T5
+    item text --TF-IDF, SVD--> vectors --RQ-VAE--> codes ----------------------+
+    histories --SASRec--> scores --curriculum--> K items --> reward, weight ---+--> Eq. 7 --> T5
+    recommendations <-- beam search over the tree of all items' codes <-----------------------+
 
-    python gflowgr.py --loss tb                       a toy world, nothing to download
-    python gflowgr.py --loss tb --dataset beauty      Amazon Beauty, all stages
+    python gflowgr.py --loss tb                        a toy world, nothing to download
+    python gflowgr.py --loss tb --dataset beauty       Amazon Beauty, all stages
 
-Beauty, LETTER's codes, test R@10, 3 seeds, n = 22,363, H200: SASRec 0.0728, SFT 0.0657, then TB 0.0654.
+The file follows the data: 1 codes, 2 SASRec, 3 T5, 4 the tree and its probabilities, 5 GFlowGR,
+6 the other methods (may be skipped), 7 settings, 8 the training loop, 9 stages and main. Files,
+splits, metrics and tables are in data.py, which knows no model.
 
-Shapes, everywhere (S, S': tokens and keys of one call):
-    B  rows, or histories       T  items in a history      N  items in the catalogue     U  users
-    P  paths per history: 1 observed + K augmented         L  codes per item             C  codes per level
-    W  beams                    d  width of a vector       H  attention heads            M  memory's tokens
-    Q  histories of one row, which is cut at Q places, else 1 (what is per history has B * Q for B)
-The id N pads short histories. A trajectory y = (y_1 .. y_L) walks s_0 -> s_1 -> .. -> s_L down a tree: every
-state has one parent, so log P_B = 0, and P_F(s_l | s_{l-1}) is the generator's p(y_l | x, y_<l).
+Shapes, everywhere:
+    B  histories in a batch     T  items in a history         N  items in the catalogue
+    P  paths of a history       L  codes of an item           C  codes of a level
+    M  tokens of a history      S  tokens of a path so far    W  beams
+    H  attention heads          d  width of a vector          U  users
+
+Histories are padded on the right with the id N. A state s_l is a history and the first l codes
+of an item: s_0 is the root of the tree, s_L a leaf. Every state has one parent, so log P_B = 0,
+and P_F(s_l | s_{l-1}) is the generator's probability of the next code. F(s) is the flow through
+a state, the reward of all leaves below it; Z(x) = F(s_0), the flow through the root, is all.
+[paper], [TIGER] and [LETTER] mark what those have; [ours] is a choice of this file, where the
+paper is silent, or where measuring spoke for another one.
+
+Left out: pretrained language models (text becomes vectors by TF-IDF; --item-vectors brings your
+own), the search for hyper-parameters, and serving.
 """
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
+import inspect
 import itertools
 import math
-from typing import Callable, Iterator, NamedTuple
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
+from tqdm import tqdm
 
 import data as datasets
-from data import DataError, Journal, Run, knob
+from data import DataError
 
 
-# ============================================================================================= 1. settings
-
-@dataclasses.dataclass(frozen=True)
-class Config(datasets.RunSettings):
-    """What flags set, beside data.py's. [paper]: as the paper, TIGER or LETTER has it; [ours]: our choice."""
-    backbone: str = knob("tiger", "backbone", "TIGER's RQ-VAE, or LETTER's", ("tiger", "letter"))
-    codes: str = knob("", "backbone", "ready codes: a NAME.index.json; letter: those that LETTER published")
-    levels: int = knob(3, "codes", "codebooks, LETTER: 4; one more code tells twins apart [paper]", below=26)
-    codebook_size: int = knob(256, "codes", "codes per level, C [paper]")
-    code_dim: int = knob(32, "codes", "dimensions of a code vector [paper]")
-    commitment: float = knob(0.25, "codes", "weight of the commitment loss [paper]")
-    code_epochs: int = knob(250, "codes", "passes of the RQ-VAE over the items [ours]")
-    alignment: float = knob(0.1, "letter", "weight of alignment with SASRec; LETTER's script: 0.01 [ours]")
-    even_codes: float = knob(1e-4, "letter", "weight of LETTER's diversity of codes [paper]")
-    temperature: float = knob(0.7, "temperature", "of LETTER's softmax, 0.7 to 1 [paper]", low=0.01)
-    max_history: int = knob(20, "training", "items of a history that the models see [paper]")
-    weight_decay: float = knob(0.01, "training", "decoupled weight decay of SASRec and the generator [ours]")
-    sasrec_dim: int = knob(128, "sasrec", "width of SASRec [ours]")
-    sasrec_layers: int = knob(2, "sasrec", "layers of SASRec [ours]")
-    sasrec_heads: int = knob(2, "sasrec", "attention heads of SASRec [ours]")
-    sasrec_dropout: float = knob(0.4, "sasrec", "dropout of SASRec [ours]", below=1)
-    sasrec_length: int = knob(50, "sasrec", "items of a window in SASRec's training, >= max_history [ours]")
-    sasrec_batch: int = knob(768, "sasrec", "targets in a SASRec batch, at most, or one row [ours]")
-    sasrec_lr: float = knob(1e-3, "sasrec", "peak learning rate of SASRec [ours]")
-    sasrec_pool: int = knob(50_000, "sasrec", "items a step ranks; of a larger catalogue, a sample [ours]")
-    sasrec_epochs: int = knob(30, "sasrec", "passes over the users' sequences [ours]")
-    d_model: int = knob(128, "sft", "width of the generator, d [paper]")
-    heads: int = knob(4, "sft", "attention heads, H; TIGER has 6 [ours]")
-    d_kv: int = knob(32, "sft", "dimensions of a head; TIGER has 64 [ours]")
-    d_ff: int = knob(512, "sft", "width of the feed-forward layers; TIGER has 1024 [ours]")
-    layers: int = knob(3, "sft", "layers of the encoder, and of the decoder; TIGER has 4 [ours]")
-    dropout: float = knob(0.1, "sft", "dropout of the generator [paper]", below=1)
-    beam: int = knob(20, "sft", "beams of the constrained search, W; R@20 needs 20 [paper]", low=20)
-    encoder: str = knob("causal", "sft", "items see those before [ours], or all [paper]", ("causal", "full"))
-    softmax: str = knob("trie", "sft", "over codes leading to items [ours], or all [paper]", ("trie", "all"))
-    batch: int = knob(256, "sft", "targets in a batch, at most, or one row [ours]")
-    lr: float = knob(0.02, "sft", "peak rate of AdamW, relative to a weight's size [ours]")
-    sft_epochs: float = knob(20.0, "sft", "passes over the training pairs by SFT [ours]", low=0.001)
-    loss: str = knob("tb", "finetune", "fine-tuning method; sft goes on with SFT",
-                     ("sft", "db", "tb", "dpo", "sdpo", "sprec", "ipa", "ppo", "grpo", "smooth", "exact"))
-    from_scratch: bool = knob(False, "finetune", "fine-tune an untrained generator, for both trainings' time")
-    finetune_epochs: float = knob(3.0, "finetune", "length: the time of so many SFT passes [ours]", low=1e-3)
-    finetune_lr: float = knob(0.003, "finetune", "peak rate of AdamW in the fine-tuning [ours]")
-    lam: float = knob(0.01, "lambda", "lambda of Eq. 7, weight of what tb, db and ipa add [ours]")
-    share: float = knob(0.125, "share", "share of targets with further paths [ours]", low=1e-3, below=1.001)
-    pool: int = knob(512, "pool", "random items that unclicked ones are chosen from, per batch [ours]")
-    reward: str = knob("aug,cf,sim", "reward", "parts of the reward [paper]",
-                       ("aug,cf,sim", "aug,cf", "aug,sim", "cf,sim", "aug", "cf", "sim"))
-    scale: str = knob("minmax", "reward", "of r_cs: min-max, or softmax [ours]", ("minmax", "softmax"))
-    k: int = knob(4, "gflownet", "augmented trajectories beside the observed one, K [ours]")
-    sampler: str = knob("curriculum", "gflownet", "of augmented items", ("curriculum", "random", "none"))
-    easiest: float = knob(-3.0, "gflownet", "beta of the curriculum at the start [ours]", low=-100)
-    hardest: float = knob(3.0, "gflownet", "beta of the curriculum at the end [ours]", low=-100)
-    confidence: bool = knob(True, "gflownet", "weight each trajectory by Eq. 8 [paper]")
-    z: str = knob("user", "gflownet", "one Z for each user [ours], or a scalar [paper]", ("user", "scalar"))
-    smoothing: float = knob(0.1, "smoothing", "share of SFT's target that smooth and exact spread", below=1)
-    beta: float = knob(1.0, "beta", "beta of dpo, sdpo and ipa [paper]")
-    negatives: int = knob(3, "negatives", "random negatives of sdpo [paper]")
-    sprec_beta: float = knob(0.1, "sprec", "beta of sprec [paper]")
-    iterations: int = knob(5, "sprec", "self-play iterations of sprec, of two steps or more [paper]")
-    group: int = knob(16, "policy", "draws from the policy for each history, of ppo and grpo [paper]", low=2)
-    clip: float = knob(0.2, "policy", "how far the ratio of ppo and grpo may leave 1 [paper]")
-    kl: float = knob(1e-3, "policy", "weight of the KL to the reference in ppo and grpo [paper]")
-
-
-# ================================================================================================ 2. codes
-
-class Quantised(NamedTuple):
-    """What a residual quantiser says of a batch."""
-    codes: Tensor       # (B, L) int64
-    value: Tensor       # (B, d) sum of the chosen code vectors; its gradient passes straight to the input
-    loss: Tensor        # scalar: codebook loss + commitment loss
-    residuals: Tensor   # (L, B, d) what each level had to explain
-
+# =============================================== 1. codes: an item becomes a short path
 
 @torch.no_grad()
-def kmeans(points: Tensor, k: int, iterations: int = 20) -> Tensor:
-    """Lloyd's algorithm: centres (k, d) of points (n, d). An empty cluster is put onto a random point."""
+def kmeans(points, k, iterations=20):
+    """Lloyd's algorithm: centres (k, d) of points (n, d). An empty cluster moves to a
+    random point."""
     centres = points[torch.randint(len(points), (k,), device=points.device)]
-    for _ in range(iterations):                     # of two equal centres one stays empty, and so moves on
-        nearest = torch.cdist(points, centres).argmin(1)
+    for _ in range(iterations):
+        nearest = torch.cdist(points, centres).argmin(1)                # (n,)
         count = torch.bincount(nearest, minlength=k)[:, None]
         total = torch.zeros_like(centres).index_add_(0, nearest, points)
-        others = points[torch.randint(len(points), (k,), device=points.device)]
-        centres = torch.where(count > 0, total / count.clamp(min=1), others)
+        elsewhere = points[torch.randint(len(points), (k,), device=points.device)]
+        centres = torch.where(count > 0, total / count.clamp(min=1), elsewhere)
     return centres
 
 
 class ResidualQuantiser(nn.Module):
-    """Codebooks of C vectors, one per level; each quantises what the levels before it left (TIGER, 3.1)."""
+    """L codebooks of C vectors; each quantises what the levels before it left over
+    (TIGER, 3.1)."""
 
-    def __init__(self, levels: int, size: int, dim: int, commitment: float = 0.25):
+    def __init__(self, levels, size, dim, commitment=0.25):
         super().__init__()
         self.codebooks = nn.Parameter(torch.randn(levels, size, dim))
-        self.register_buffer("clusters", torch.zeros(levels, size, dtype=torch.long))     # even_codes_loss
         self.commitment = commitment
 
     @torch.no_grad()
-    def initialise(self, x: Tensor) -> None:
-        """Set the codebooks to k-means centres of the residuals of x (n, d), level by level."""
+    def initialise(self, x):
+        """Set the codebooks to k-means centres of the residuals of x (n, d), level by
+        level."""
         for codebook in self.codebooks:
             codebook.copy_(kmeans(x, len(codebook)))
             x = x - codebook[torch.cdist(x, codebook).argmin(1)]
 
     @torch.no_grad()
-    def restart_dead_codes(self, x: Tensor) -> None:
-        """Move each code that no row of x (n, d) uses to the residual of a random row."""
+    def restart_dead_codes(self, x):
+        """Move each code that no row of x (n, d) uses to the residual of a random
+        row."""
         codes, _, _, residuals = self(x)
-        for codebook, chosen, residual in zip(self.codebooks, codes.T, residuals):
-            dead = torch.bincount(chosen, minlength=len(codebook)) == 0
-            codebook[dead] = residual[torch.randint(len(x), (int(dead.sum()),), device=x.device)]
+        for codebook, code, residual in zip(self.codebooks, codes.T, residuals):
+            dead = torch.bincount(code, minlength=len(codebook)) == 0   # (C,)
+            elsewhere = residual[torch.randint(len(x), dead.shape, device=x.device)]
+            codebook[dead] = elsewhere[dead]
 
-    def forward(self, x: Tensor) -> Quantised:
-        """x (B, d) -> Quantised; its loss sums mse(sg(r), q) + commitment * mse(r, sg(q)) over levels."""
-        residual, value, loss, codes, residuals = x, torch.zeros_like(x), x.new_zeros(()), [], []
+    def forward(self, x):
+        """x (B, d) -> codes (B, L); the sum of the chosen code vectors (B, d), whose
+        gradient goes straight to x; the codebook and commitment losses, a scalar; and
+        the residuals (L, B, d)."""
+        residual = x
+        value = torch.zeros_like(x)
+        loss = 0.0
+        codes, residuals = [], []
         for codebook in self.codebooks:
+            code = torch.cdist(residual.detach(), codebook.detach()).argmin(1)  # (B,)
+            chosen = codebook[code]                                     # (B, d)
+            codes.append(code)
             residuals.append(residual)
-            codes.append(torch.cdist(residual.detach(), codebook.detach()).argmin(1))
-            chosen = codebook[codes[-1]]
-            loss = loss + F.mse_loss(chosen, residual.detach()) \
-                + self.commitment * F.mse_loss(residual, chosen.detach())
-            value = value + chosen
-            # Subtracting the straight-through value would zero the commitment's gradient from level 2 on.
+
+            # The code moves to what it stands for, the encoder stays near its code.
+            loss = loss + F.mse_loss(chosen, residual.detach())
+            loss = loss + self.commitment * F.mse_loss(residual, chosen.detach())
+
+            # The residual keeps the gradient of x. (Less a straight-through value,
+            # whose gradient is that of x as well, it would have none, and commitment
+            # would end at the first level.)
             residual = residual - chosen.detach()
-        return Quantised(torch.stack(codes, 1), x + (value - x).detach(), loss, torch.stack(residuals))
+            value = value + chosen
+        return torch.stack(codes, 1), x + (value - x).detach(), loss, torch.stack(residuals)
+
+
+def mlp(*widths):
+    """Linear layers of these widths with ReLU between them."""
+    layers = []
+    for d_in, d_out in zip(widths, widths[1:]):
+        layers += [nn.Linear(d_in, d_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
 
 
 class RQVAE(nn.Module):
-    """Item vectors (B, d_in) -> latent (B, dim) -> residual codes -> reconstruction (B, d_in)."""
+    """Vectors (B, d_in) -> latent vectors (B, dim) -> codes -> reconstruction (B, d_in)
+    (TIGER, 3.1)."""
 
-    def __init__(self, d_in: int, levels: int, size: int, dim: int, commitment: float = 0.25):
+    def __init__(self, d_in, levels, size, dim=32):
         super().__init__()
-        widths = (d_in, 256, 128, dim)
-        self.encoder, self.decoder = (nn.Sequential(*[
-            layer for pair in zip(w, w[1:]) for layer in (nn.Linear(*pair), nn.ReLU())][:-1])
-            for w in (widths, widths[::-1]))
-        self.quantiser = ResidualQuantiser(levels, size, dim, commitment)
+        self.encoder = mlp(d_in, 256, 128, dim)
+        self.decoder = mlp(dim, 128, 256, d_in)
+        self.quantiser = ResidualQuantiser(levels, size, dim)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Quantised]:
-        """x (B, d_in) -> loss (scalar): reconstruction + quantisation; and the quantised batch."""
-        quantised = self.quantiser(self.encoder(x))
-        return F.mse_loss(self.decoder(quantised.value), x) + quantised.loss, quantised
-
-
-def alignment_loss(value: Tensor, collaborative: Tensor) -> Tensor:
-    """LETTER's alignment: each quantised item (B, d) must find its own frozen vector (B, d) -> scalar."""
-    return F.cross_entropy(value @ collaborative.detach().T, torch.arange(len(value), device=value.device))
+    def forward(self, x):
+        """x (B, d_in) -> reconstruction and quantisation loss, a scalar; the quantised
+        latent vectors (B, dim); codes (B, L)."""
+        codes, value, loss, _ = self.quantiser(self.encoder(x))
+        return F.mse_loss(self.decoder(value), x) + loss, value, codes
 
 
-def even_codes_loss(codebook: Tensor, cluster: Tensor, codes: Tensor) -> Tensor:
-    """LETTER's diversity: pulls each chosen code to a random one of its cluster and pushes it off all others,
-    so that codes are used evenly -> scalar. codebook (C, d), cluster (C,), codes (B,)."""
-    own = F.one_hot(codes, len(codebook)).bool()                                    # (B, C)
-    partner = (cluster[codes][:, None] == cluster) & ~own
-    label = torch.rand(own.shape, device=own.device).masked_fill(~partner, -1).argmax(1)
-    label = label.masked_fill(~partner.any(1), -100)                                # alone: left out
+def alignment_loss(value, collaborative):
+    """LETTER's alignment: a quantised item (B, d) must find its own collaborative
+    vector (B, d)."""
+    own = torch.arange(len(value), device=value.device)
+    return F.cross_entropy(value @ collaborative.T, own)
+
+
+def diversity_loss(codebook, cluster, codes):
+    """LETTER's diversity: draws each chosen code to a random other one of its cluster
+    and drives it off all others, so that codes are used evenly. codebook (C, d),
+    cluster (C,), codes (B,) -> scalar."""
+    own = F.one_hot(codes, len(codebook)).bool()                        # (B, C)
+    partner = (cluster[codes][:, None] == cluster) & ~own               # (B, C)
+    noise = torch.rand(own.shape, device=own.device)
+    chosen = noise.masked_fill(~partner, -1).argmax(1)
+    chosen = chosen.masked_fill(~partner.any(1), -100)                   # alone: left out
     logits = (codebook[codes] @ codebook.T).masked_fill(own, -torch.inf)
-    return F.cross_entropy(logits, label, reduction="sum") / len(codes)
+    return F.cross_entropy(logits, chosen, reduction="sum") / len(codes)
 
 
-def unique_paths(codes: Tensor) -> Tensor:
-    """Append a code that counts items of equal codes: (N, L) -> (N, L + 1), all rows different (TIGER)."""
-    _, group = torch.unique(codes, dim=0, return_inverse=True)
-    order = torch.argsort(group, stable=True)                   # equal codes side by side, by item id
-    size, last = torch.bincount(group), torch.empty_like(group)
-    last[order] = torch.arange(len(group), device=group.device) - (size.cumsum(0) - size)[group[order]]
-    return torch.cat([codes, last[:, None]], 1)
+def train_codes(vectors, levels, size, epochs, collaborative=None, alignment=0.1, diversity=1e-4,
+                batch=1024):
+    """Train an RQ-VAE on item vectors (N, d_in), LETTER's where collaborative vectors
+    (N, 32) are given -> codes (N, levels). diversity [LETTER]; alignment, batch
+    [ours]."""
+    model = RQVAE(vectors.shape[1], levels, size).to(vectors.device)
+    quantiser = model.quantiser
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    annealing = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs)
+    with torch.no_grad():
+        quantiser.initialise(model.encoder(vectors))
+
+    for epoch in tqdm(range(epochs), desc="codes", disable=None, leave=False):
+        # Some fifteen times unused codes move to where items are, at last they rest.
+        if epoch % max(epochs // 15, 1) == 0:
+            if 0 < epoch < 0.8 * epochs:
+                with torch.no_grad():
+                    quantiser.restart_dead_codes(model.encoder(vectors))
+            clusters = []               # of the codes; LETTER makes them of equal size
+            for codebook in quantiser.codebooks.detach():
+                clusters.append(torch.cdist(codebook, kmeans(codebook, 10)).argmin(1))
+
+        for rows in torch.randperm(len(vectors), device=vectors.device).split(batch):
+            loss, value, codes = model(vectors[rows])
+            if collaborative is not None:
+                loss = loss + alignment * alignment_loss(value, collaborative[rows])
+                for codebook, cluster, code in zip(quantiser.codebooks, clusters, codes.T):
+                    loss = loss + diversity / levels * diversity_loss(codebook, cluster, code)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+        annealing.step()
+
+    with torch.no_grad():
+        return model(vectors)[2]
 
 
-# =============================================================================================== 3. SASRec
+def unique_paths(codes):
+    """Append a code that counts the items of equal codes: (N, L) -> (N, L + 1) (TIGER).
+    Items with the codes (3, 1), (3, 1), (0, 2) get (3, 1, 0), (3, 1, 1), (0, 2, 0)."""
+    _, group = torch.unique(codes, dim=0, return_inverse=True)          # (N,)
+    order = torch.argsort(group, stable=True)  # twins side by side, in the order of their ids
+    size = torch.bincount(group)
+    first = size.cumsum(0) - size                  # where each group begins in that order
+    count = torch.empty_like(group)
+    count[order] = torch.arange(len(group)) - first[group[order]]
+    return torch.cat([codes, count[:, None]], 1)
+
+
+# =========================== 2. SASRec: the collaborative model, which scores each item
 
 class SASRec(nn.Module):
-    """Self-attentive sequential recommendation: scores every item as the next (Kang and McAuley 2018)."""
+    """Self-attentive sequential recommendation (Kang and McAuley 2018): scores every
+    item as the next."""
 
-    def __init__(self, n_items: int, dim: int, layers: int, heads: int, dropout: float, max_length: int):
+    def __init__(self, n_items, dim=128, layers=2, heads=2, dropout=0.4, max_length=20):
         super().__init__()
         self.item = nn.Embedding(n_items + 1, dim, padding_idx=n_items)
         self.position = nn.Embedding(max_length, dim)
@@ -221,779 +238,1158 @@ class SASRec(nn.Module):
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(dim, heads, 4 * dim, dropout, batch_first=True, norm_first=True)
             for _ in range(layers))
-        self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
 
-    def forward(self, history: Tensor) -> Tensor:
-        """History (B, T), padded on the right -> states (B, T, d). State t has seen the items 0 .. t only."""
+    def forward(self, history):
+        """History (B, T) -> states (B, T, d). State t has seen the items 0 .. t
+        alone."""
         length = history.shape[1]
         x = self.dropout(self.item(history) + self.position.weight[:length])
-        mask = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+        future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
         for block in self.blocks:
-            x = block(x, src_mask=mask, is_causal=True)
+            x = block(x, src_mask=future, is_causal=True)
         return self.norm(x)
 
-    def scores(self, history: Tensor, ends: Tensor | None = None) -> Tensor:
-        """History (B, T), none empty -> each item's score as the next one (B, N), float32: in bf16 the best
-        would tie; or (B * Q, N), for the Q histories of a row that end at the places `ends` (Q,)."""
-        rows = torch.arange(len(history), device=history.device)[:, None]
-        last = (history != self.item.padding_idx).sum(1, keepdim=True) - 1
-        state = self(history)[rows, last if ends is None else ends].flatten(0, 1).float()
+    def scores(self, history):
+        """History (B, T), none empty -> each item's score as the next one (B, N). In
+        float32: in bf16 the best items would tie."""
+        last = (history != self.item.padding_idx).sum(1) - 1            # (B,)
+        rows = torch.arange(len(history), device=history.device)
+        state = self(history)[rows, last].float()                       # (B, d)
         with torch.autocast(state.device.type, enabled=False):
             return state @ self.item.weight[:-1].T
 
-    def loss(self, history: Tensor, target: Tensor, pool: int) -> Tensor:
-        """Cross-entropy of the next item over the whole catalogue, at every position -> scalar. [ours]: the
-        original draws one negative per item; the full softmax is stronger. Of a catalogue of more than `pool`
-        items, that many random ones stand for the rest. history, target (B, T)."""
-        state, label, n_items = self(history).flatten(0, 1), target.flatten(), self.item.padding_idx
-        if pool >= n_items:
-            logits = state @ self.item.weight[:-1].T                                # (B * T, N)
-        else:
-            others = torch.randint(n_items, (pool,), device=state.device)
-            own = (state * self.item(label)).sum(-1, keepdim=True)
-            wrong = (state @ self.item(others).T).masked_fill(others == label[:, None], -torch.inf)
-            logits, label = torch.cat([own, wrong], 1), label.masked_fill(label < n_items, 0)   # 0: own
-        return F.cross_entropy(logits.float(), label, ignore_index=n_items)
+    def loss(self, history, target):
+        """Cross-entropy of the next item, by the softmax over all items, at every
+        position of a window: its mean over each row's targets. history, target (B, T),
+        N where padded -> (B,). [ours]: the original draws one negative item for each
+        target; the full softmax is stronger."""
+        n_items = self.item.padding_idx
+        logits = self(history) @ self.item.weight[:-1].T                # (B, T, N)
+        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=n_items,
+                               reduction="none").view_as(target)
+        return loss.sum(1) / (target != n_items).sum(1)
 
 
-# =================================================================================================== 4. T5
+# ====================================== 3. T5: the generator, a policy with a flow head
 
 class Dropout(nn.Module):
-    """Dropout whose mask is a window, at a random place, of one long strip of masks, shared by all layers: on
-    a CPU, drawing one random number per element costs more than the layer that it follows."""
+    """Dropout. On a CPU one random number for each element costs more than the layer
+    before it: there, a mask is a piece, from a random place, of one long strip of
+    masks."""
 
-    def __init__(self, p: float):
+    def __init__(self, p):
         super().__init__()
-        self.p, self.strip = p, torch.empty(0)
+        self.p = p
+        self.strip = torch.empty(0)
 
-    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        """dropout(x), added to `onto` where that is given."""
-        if not self.training or self.p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
-            x = F.dropout(x, self.p, self.training)
-            return x if onto is None else onto + x
-        places, size = 1 << 24, x.numel()
+    def forward(self, x):
+        if not self.training or self.p == 0 or x.device.type != "cpu":
+            return F.dropout(x, self.p, self.training)
+        size = x.numel()
+        places = 1 << 24
         if len(self.strip) < places + size or self.strip.dtype != x.dtype:
+            # Of a fixed seed: a resumed run has the same, and a longer one begins so.
             noise = torch.rand(places + 2 * size, generator=torch.Generator().manual_seed(0))
-            self.strip = (noise >= self.p).to(x.dtype) / (1 - self.p)       # longer: the same, and more
-        mask = self.strip.narrow(0, int(torch.randint(places, ())), size).view(x.shape)     # 0 at a rate of p
-        return x * mask if onto is None else torch.addcmul(onto, x, mask)
+            self.strip = (noise >= self.p).to(x.dtype) / (1 - self.p)
+        start = int(torch.randint(places, ()))
+        return x * self.strip[start:start + size].view(x.shape)
 
 
-class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight, in the type of x."""
+class RMSNorm(nn.Module):
+    """T5's norm: x / sqrt(mean(x^2) + 1e-6) * weight, in the type of x."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu":      # torch's own goes by way of float32; CUDA's autocast leaves it there
-            return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * self.weight.to(x.dtype)
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), 1e-6).to(x.dtype)
+    def __init__(self, d):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+
+    def forward(self, x):
+        scale = (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        return (x * scale.to(x.dtype)) * self.weight.to(x.dtype)
 
 
-def linear(d_in: int, d_out: int, std: float) -> nn.Linear:
-    """A linear layer without bias, its weights drawn from N(0, std^2)."""
+def linear(d_in, d_out, std):
+    """A linear layer without a bias, as all of T5's, its weights drawn from N(0,
+    std^2)."""
     layer = nn.Linear(d_in, d_out, bias=False)
     nn.init.normal_(layer.weight, std=std)
     return layer
 
 
 class Attention(nn.Module):
-    """T5's multi-head attention: no biases, unscaled dot products, an additive position bias."""
+    """T5's attention: unscaled dot products, plus a bias for the distance."""
 
-    def __init__(self, d_model: int, heads: int, d_kv: int, dropout: Dropout):
+    def __init__(self, d_model, heads, d_kv, dropout):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads = heads
+        self.dropout = dropout
         self.q = linear(d_model, heads * d_kv, (d_model * d_kv) ** -0.5)
         self.kv = linear(d_model, 2 * heads * d_kv, d_model ** -0.5)
         self.o = linear(heads * d_kv, d_model, (heads * d_kv) ** -0.5)
 
-    def split(self, x: Tensor) -> Tensor:
-        """(B, S, H * d_kv) -> (B, H, S, d_kv)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def keys_values(self, x):
         """x (B, S, d) -> keys and values, (B, H, S, d_kv) each."""
         return self.kv(x).unflatten(-1, (2 * self.heads, -1)).transpose(1, 2).chunk(2, 1)
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        """Queries from x (B, S, d) over S' keys; bias (.., S, S') is added to the logits -> (B, S, d)."""
-        logits = self.split(self.q(x)) @ keys.transpose(-1, -2) + bias
-        weights = self.dropout(logits.softmax(-1, dtype=torch.float32).to(values.dtype))
-        return self.o((weights @ values).transpose(1, 2).flatten(2))
+    def forward(self, x, keys, values, bias):
+        """Queries x (B, S, d), keys and values (B, H, S', d_kv), bias (.., S, S')
+        -> (B, S, d)."""
+        queries = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        logits = queries @ keys.transpose(-1, -2) + bias                # (B, H, S, S')
+        weights = logits.softmax(-1, dtype=torch.float32).to(values.dtype)
+        mixed = self.dropout(weights) @ values                          # (B, H, S, d_kv)
+        return self.o(mixed.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
-    """Self-attention, in a decoder cross-attention too, and a ReLU feed-forward: x + f(norm(x)) each."""
+    """x + f(norm(x)), f being self-attention, in a decoder cross-attention, and
+    feed-forward."""
 
-    def __init__(self, d_model: int, heads: int, d_kv: int, d_ff: int, dropout: Dropout, decoder: bool):
+    def __init__(self, d_model, heads, d_kv, d_ff, dropout, decoder):
         super().__init__()
         self.dropout = dropout
-        self.norms = nn.ModuleList(RMSNorm(d_model) for _ in range(3 if decoder else 2))
         self.attention = Attention(d_model, heads, d_kv, dropout)
-        self.cross = Attention(d_model, heads, d_kv, dropout) if decoder else None
-        self.wi, self.wo = linear(d_model, d_ff, d_model ** -0.5), linear(d_ff, d_model, d_ff ** -0.5)
+        self.attention_norm = RMSNorm(d_model)
+        if decoder:
+            self.cross = Attention(d_model, heads, d_kv, dropout)
+            self.cross_norm = RMSNorm(d_model)
+        self.wi = linear(d_model, d_ff, d_model ** -0.5)
+        self.wo = linear(d_ff, d_model, d_ff ** -0.5)
+        self.ff_norm = RMSNorm(d_model)
 
-    def forward(self, x: Tensor, bias: Tensor, memory=None, past=None) -> tuple[Tensor, tuple]:
-        """x (B * Q * P, S, d) -> x, and the keys and values (B * Q * P, H, S', d_kv) for later steps. memory:
-        keys, values (B, H, M, d_kv) and bias of the rows; all Q * P paths of a row ask the same memory, so it
-        is never repeated (an encoder has Q = P = 1). past: keys and values of earlier steps."""
-        h = self.norms[0](x)
+    def forward(self, x, bias, memory=None, past=None):
+        """x (B, S, d), in a decoder (B * P, S, d) -> the same, and its keys and values
+        for later steps. memory: keys and values (B, H, M, d_kv) of histories, and bias
+        (B, 1, 1, M); past: keys and values of earlier steps."""
+        h = self.attention_norm(x)
         present = self.attention.keys_values(h)
-        if past is not None:
-            present = tuple(torch.cat(pair, 2) for pair in zip(past, present))
-        x = self.dropout(self.attention(h, *present, bias), onto=x)
-        if self.cross is not None:
-            h = self.norms[1](x).view(len(memory[0]), -1, x.shape[-1])              # (B, Q * P * S, d)
-            x = self.dropout(self.cross(h, *memory).view(x.shape), onto=x)
-        h = self.wo(self.dropout(self.wi(self.norms[-1](x)).relu()))
-        return self.dropout(h, onto=x), present
+        if past:
+            present = [torch.cat(pair, 2) for pair in zip(past, present)]
+        x = x + self.dropout(self.attention(h, *present, bias))
+
+        # All P paths of a history ask the same memory, which is never repeated.
+        if memory:
+            h = self.cross_norm(x).view(len(memory[0]), -1, x.shape[-1])  # (B, P * S, d)
+            x = x + self.dropout(self.cross(h, *memory)).view(x.shape)
+
+        h = self.dropout(self.wi(self.ff_norm(x)).relu())
+        return x + self.dropout(self.wo(h)), present
 
 
-def relative_buckets(distance: Tensor, two_sided: bool, buckets=32, furthest=128) -> Tensor:
-    """T5's bucket of each distance, a key's position - a query's: int64 of the same shape. Half of the
-    buckets hold one distance each, the others grow logarithmically up to `furthest`."""
-    buckets //= 1 + two_sided
-    offset = (distance > 0) * two_sided * buckets
-    distance = distance.abs() if two_sided else (-distance).clamp(min=0)
-    exact = buckets // 2
+def relative_buckets(distance, two_sided, n=32, furthest=128):
+    """T5's bucket of each distance (a key's position less the query's), of any shape:
+    half of a side's buckets hold one distance each, the others grow logarithmically up
+    to `furthest`."""
+    offset = 0
+    if two_sided:
+        n = n // 2
+        offset = n * (distance > 0)
+        distance = -distance.abs()
+    distance = (-distance).clamp(min=0)
+    exact = n // 2
     growth = torch.log(distance.clamp(min=1) / exact) / math.log(furthest / exact)
-    return offset + torch.where(distance < exact, distance,
-                                (exact + (growth * (buckets - exact)).long()).clamp(max=buckets - 1))
-
-
-class Memory(NamedTuple):
-    """What the decoder knows of a batch of histories."""
-    layers: list        # per decoder layer: keys and values, (B, H, M, d_kv) each
-    bias: Tensor        # (B, 1, Q, M): -inf where a row is padded, or goes on after the history
+    far = (exact + (growth * (n - exact)).long()).clamp(max=n - 1)
+    return offset + torch.where(distance < exact, distance, far)
 
 
 class T5(nn.Module):
-    """The standard T5 (Raffel et al. 2020) and a flow head. Token 0 pads and starts, 1 + l * C + c is code c
-    of level l; C, n_codes, is the highest code + 1. [ours]: if causal, an item sees none after it."""
+    """The standard T5 (Raffel et al. 2020) over codes, with a head for the flow. Token
+    0 pads and starts; 1 + l * C + c is code c of level l. d_model, dropout [TIGER],
+    others [ours]."""
 
-    def __init__(self, levels: int, n_codes: int, d_model=128, heads=4, d_kv=32, d_ff=512, layers=3,
-                 dropout=0.1, temperature=1.0, causal=False):
+    def __init__(self, levels, n_codes, d_model=128, heads=4, d_kv=32, d_ff=512, layers=3,
+                 dropout=0.1, temperature=1.0):
         super().__init__()
-        self.levels, self.n_codes, self.causal = levels, n_codes, causal
+        self.levels = levels
+        self.n_codes = n_codes
         self.scale = d_model ** -0.5 / temperature
-        self.embedding, self.dropout = nn.Embedding(1 + levels * n_codes, d_model), Dropout(dropout)
-        self.encoder, self.decoder = (nn.ModuleList(
-            Block(d_model, heads, d_kv, d_ff, self.dropout, decoder) for _ in range(layers))
-            for decoder in (False, True))
-        self.encoder_bias, self.decoder_bias = nn.Embedding(32, heads), nn.Embedding(32, heads)
-        for table in (self.encoder_bias, self.decoder_bias):
-            nn.init.normal_(table.weight, std=d_model ** -0.5)
-        self.encoder_norm, self.decoder_norm = RMSNorm(d_model), RMSNorm(d_model)
-        self.flow = linear(d_model, 1, d_model ** -0.5)
-        self.scalar_z = nn.Parameter(torch.ones(()))    # see `term`; steps are relative to its size, so not 0
+        self.embedding = nn.Embedding(1 + levels * n_codes, d_model)
+        self.dropout = Dropout(dropout)
+        size = (d_model, heads, d_kv, d_ff, self.dropout)
+        self.encoder = nn.ModuleList(Block(*size, decoder=False) for _ in range(layers))
+        self.decoder = nn.ModuleList(Block(*size, decoder=True) for _ in range(layers))
+        self.encoder_bias = nn.Embedding(32, heads)
+        self.decoder_bias = nn.Embedding(32, heads)
+        nn.init.normal_(self.encoder_bias.weight, std=d_model ** -0.5)
+        nn.init.normal_(self.decoder_bias.weight, std=d_model ** -0.5)
+        self.encoder_norm = RMSNorm(d_model)
+        self.decoder_norm = RMSNorm(d_model)
+        self.flow_head = linear(d_model, 1, d_model ** -0.5)
+        self.log_z = nn.Parameter(torch.zeros(()))  # the one Z of all users, with --z global
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Tokens (..) -> (.., d). Under autocast the residual stream has autocast's type from here on."""
-        x, device = self.embedding(tokens), tokens.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
+    def embed(self, tokens):
+        """Tokens (..) -> (.., d). Under autocast all vectors have its type from here
+        on."""
+        x = self.embedding(tokens)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         return self.dropout(x)
 
-    def encode(self, tokens: Tensor, ends: Tensor | None = None) -> Memory:
-        """Tokens (B, M) of rows that hold an item, 0 where padded -> Memory. Runs once for all paths; if
-        causal, also for the Q histories of a row that end at the places `ends` (Q,)."""
-        assert ends is None or self.causal, "a full encoder has seen what comes after an end"
-        x, position = self.embed(tokens), torch.arange(tokens.shape[1], device=tokens.device)
-        item, pad = position // self.levels, (tokens == 0)[:, None, None]           # pad: (B, 1, 1, M)
-        bias = self.encoder_bias(relative_buckets(position - position[:, None], True)).permute(2, 0, 1)
-        later = (item > item[:, None]) & self.causal
-        bias = bias.to(x.dtype).masked_fill(later | pad, -torch.inf)                # (B, H, M, M)
+    def encode(self, tokens):
+        """Tokens of histories (B, T, L), 0 where padded -> the memory, once for all
+        paths: for each block of the decoder, keys and values (B, H, M, d_kv) and a bias
+        (B, 1, 1, M)."""
+        tokens = tokens.flatten(1)                                     # (B, M), M = T * L
+        x = self.embed(tokens)
+        position = torch.arange(tokens.shape[1], device=tokens.device)
+        buckets = relative_buckets(position - position[:, None], two_sided=True)
+        bias = self.encoder_bias(buckets).permute(2, 0, 1).to(x.dtype)  # (H, M, M)
+        pad = x.new_zeros(tokens.shape).masked_fill(tokens == 0, -torch.inf)[:, None, None]
         for block in self.encoder:
-            x, _ = block(x, bias)
-        x, ends = self.dropout(self.encoder_norm(x)), item[-1:] if ends is None else ends
-        hidden = (item > ends[:, None]) | pad                                       # (B, 1, Q, M)
-        return Memory([block.cross.keys_values(x) for block in self.decoder],
-                      torch.zeros_like(hidden, dtype=x.dtype).masked_fill(hidden, -torch.inf))
+            x, _ = block(x, bias + pad)
+        x = self.dropout(self.encoder_norm(x))
+        return [(*block.cross.keys_values(x), pad) for block in self.decoder]
 
-    def decode(self, tokens: Tensor, memory: Memory, past=None, depth=None, apart=False) -> tuple:
-        """Tokens (B, Q * P, S), from 0 on, of P paths for each of a row's Q histories in turn -> states
-        (B, Q * P, S, d), cache. State l is s_l: it has read y_1 .. y_l, predicts y_{l+1}. After `past`, the
-        cache of earlier steps, S counts new ones. Of a tree: depth (S,); apart (S, S): no attention there."""
-        steps, cache = tokens.shape[2], []
-        if depth is None:
-            depth = torch.arange(steps + (past[0][0].shape[2] if past else 0), device=tokens.device)
-        x, distance = self.embed(tokens).flatten(0, 1), depth - depth[-steps:, None]    # (BQP, S, d), (S, S')
-        bias = self.decoder_bias(relative_buckets(distance, False)).permute(2, 0, 1)
-        bias = bias.masked_fill((distance > 0) | apart, -torch.inf).to(x.dtype)
-        mask = memory.bias.repeat_interleave(tokens[0].numel() // memory.bias.shape[2], 2)  # (B, 1, QPS, M)
-        for i, block in enumerate(self.decoder):
-            x, present = block(x, bias, (*memory.layers[i], mask), past[i] if past else None)
-            cache.append(present)
+    def decode(self, tokens, memory, past=None):
+        """Tokens (B, P, S) of P paths of each history, 0 first -> states (B, P, S, d),
+        a cache. State l is s_l: it has read the codes y_1 .. y_l and predicts y_{l+1}.
+        past: the cache of earlier steps; then S counts the new ones."""
+        past = past or [None] * len(memory)
+        before = past[0][0].shape[2] if past[0] else 0
+        position = torch.arange(before + tokens.shape[2], device=tokens.device)
+        distance = position - position[before:, None]                   # (S, S')
+        x = self.embed(tokens.flatten(0, 1))                            # (B * P, S, d)
+        bias = self.decoder_bias(relative_buckets(distance, two_sided=False)).permute(2, 0, 1)
+        bias = bias.masked_fill(distance > 0, -torch.inf).to(x.dtype)   # (H, S, S')
+        cache = []
+        for block, block_memory, block_past in zip(self.decoder, memory, past):
+            x, keys_values = block(x, bias, block_memory, block_past)
+            cache.append(keys_values)
         return self.dropout(self.decoder_norm(x)).view(*tokens.shape, -1), cache
 
-    def decode_paths(self, tokens: Tensor, memory: Memory) -> Tensor:
-        """`decode` of P paths a history, (B * Q, P, S) -> (B * Q, P, S, d), as a tree: s_0 is done once."""
-        (_, paths, steps), device = tokens.shape, tokens.device
-        depth = F.pad(torch.arange(1, steps, device=device).repeat(paths), (1, 0))
-        path = F.pad(torch.arange(paths, device=device).repeat_interleave(steps - 1), (1, 0), value=-1)
-        apart = (path != path[:, None]) & (path >= 0)       # [who, whom]: another path; all may see s_0
-        tree = torch.cat([tokens[:, 0, :1], tokens[..., 1:].flatten(1)], 1)
-        tree = tree.view(len(memory.bias), -1, tree.shape[1])                     # (B, Q, 1 + P * (S - 1))
-        state = self.decode(tree, memory, None, depth, apart)[0].flatten(0, 1)[:, None]
-        after = state[:, 0, 1:].unflatten(1, (paths, steps - 1))
-        return torch.cat([state[..., :1, :].expand(-1, paths, -1, -1), after], 2)
-
-    def code_logits(self, state: Tensor, level: int) -> Tensor:
-        """States s_level (.., d) -> logits (.., C) of the next code, by T5's tied and scaled embeddings."""
-        table = self.embedding.weight[1 + level * self.n_codes:1 + (level + 1) * self.n_codes]
+    def code_logits(self, state, level):
+        """States s_level (.., d) -> logits (.., C) of the next code, by T5's tied
+        embeddings."""
+        first = 1 + level * self.n_codes
+        table = self.embedding.weight[first:first + self.n_codes]
         return (state * self.scale) @ table.T.to(state.dtype)
 
 
-# ================================================================================================= 5. trie
+# ================= 4. a policy on a tree: its probabilities, its flows, its best leaves
 
 class Trie:
-    """Which prefixes of codes lead to items: a tree in O(items) memory, its nodes numbered level by level.
-    The children of node n are neighbours: first_child[n] .. first_child[n] + n_children[n] - 1, and code[c]
-    leads to child c. path[i], L + 1 nodes, leads from the root, node 0, to item i."""
+    """The catalogue as a tree of codes, in O(N) memory. Its nodes are numbered level by
+    level from the root, 0, so that the children of a node are neighbours. For the items
+    (0, 1), (0, 2) and (3, 1), where "2 (3)" is node 2, to which code 3 leads:
 
-    def __init__(self, codes: Tensor, all_codes=False):
-        """codes (N, L), rows all different; ValueError when two share a path. all_codes: see `log_probs`."""
-        base, start, count, node = int(codes.max()) + 1, 0, 1, torch.zeros_like(codes[:, 0])
-        path, code, first, n_children, self.width = [node], [node[:1]], [], [], []
+        0 --+-- 1 (0) --+-- 3 (1)  item 0     path = [[0, 1, 3], [0, 1, 4], [0, 2, 5]]
+            |           +-- 4 (2)  item 1     code = [-, 0, 3, 1, 2, 1]
+            +-- 2 (3) ----- 5 (1)  item 2     first_child = [1, 3, 5], n_children = [2, 2, 1]
+    """
+
+    def __init__(self, codes, semantic=None, all_codes=False):
+        """codes (N, L), no two rows the same, else ValueError; semantic: how many
+        leading codes carry meaning, as one does not that only tells twins apart;
+        all_codes: see `log_probs`."""
+        n_codes = int(codes.max()) + 1
+        tokens = 1 + codes + n_codes * torch.arange(codes.shape[1], device=codes.device)
+        self.codes = codes
+        self.tokens = F.pad(tokens, (0, 0, 0, 1))  # (N + 1, L), the generator's; 0 for the padding
+        self.semantic = semantic or codes.shape[1]
+        self.all_codes = all_codes
+
+        node = torch.zeros_like(codes[:, 0])     # (N,) where each item's path has come to
+        start, count = 0, 1               # this level's nodes: start .. start + count - 1
+        path, code, first_child, n_children = [node], [node[:1]], [], []
+        self.width = []                         # the most children of any node of a level
         for column in codes.T:
-            key, local = torch.unique((node - start) * base + column, return_inverse=True)   # (parent, code)
-            code.append(key % base)
-            n_children.append(children := torch.bincount(key // base, minlength=count))
-            first.append(start + count + children.cumsum(0) - children)
-            self.width.append(int(children.max()))              # most children of any node of this level
-            start, count = start + count, len(key)
-            node = start + local                                # each item's node, one level down
+            key = (node - start) * n_codes + column                     # (parent, code)
+            key, child = torch.unique(key, return_inverse=True)        # sorted: by parent
+            children = torch.bincount(key // n_codes, minlength=count)
+            first_child.append(start + count + children.cumsum(0) - children)
+            n_children.append(children)
+            code.append(key % n_codes)
+            self.width.append(int(children.max()))
+            start = start + count
+            count = len(key)
+            node = start + child
             path.append(node)
-        if count != len(codes):                                 # each item needs a leaf of its own
+        if count != len(codes):
             raise ValueError(f"{len(codes)} items have only {count} different paths of codes")
-        self.path, self.code = torch.stack(path, 1), torch.cat(code)
-        self.first_child, self.n_children = torch.cat(first), torch.cat(n_children)
-        self.first_leaf, self.leaf_item, self.all_codes = start, torch.argsort(local), all_codes
+        self.path = torch.stack(path, 1)     # (N, L + 1) nodes from the root to each item
+        self.code = torch.cat(code)                                     # (nodes,)
+        self.first_child = torch.cat(first_child)                       # (inner nodes,)
+        self.n_children = torch.cat(n_children)                         # (inner nodes,)
+        self.log_leaves = torch.bincount(self.path.flatten()).log()  # (nodes,) of the items below
+        self.leaf_item = torch.argsort(node)                  # (N,) the item of each leaf
 
-    def log_probs(self, logits: Tensor, node: Tensor, level: int) -> tuple[Tensor, Tensor]:
-        """Logits (.., C) at nodes (..) of a level -> children (.., width[level]) and the log-probability of
-        each, -inf where a node has fewer: over all C if all_codes, nearly TIGER's, else over those that lead
-        to an item [ours]. Then those of all items sum to one, and TB has its optimum at p = R(y) / Z(x)."""
+    def log_probs(self, logits, node, level):
+        """Logits (.., C) at nodes (..) of a level -> children (.., width) and the log
+        probability of each, -inf where a node has fewer. [ours]: normalised over the
+        codes that lead to an item, so that the probabilities of all items sum to one
+        and the optimum of TB is p = R / Z; all_codes: over all C."""
         slot = torch.arange(self.width[level], device=node.device)
-        real = slot < self.n_children[node][..., None]
-        child = self.first_child[node][..., None] + slot * real         # the first one where there is none
-        logits = logits.float().log_softmax(-1) if self.all_codes else logits.float()
-        allowed = logits.gather(-1, self.code[child]).masked_fill(~real, -torch.inf)
-        return child, allowed if self.all_codes else allowed.log_softmax(-1)
-
-    def flows(self, leaf: Tensor) -> Tensor:
-        """What ends in each item (B, N) -> what flows through each node (B, nodes): all that is below it."""
-        flow, leaf = leaf.new_zeros(len(self.code), len(leaf)), leaf.T.contiguous()     # rows add up faster
-        for nodes in self.path.T:
-            flow.index_add_(0, nodes, leaf)
-        return flow.T
+        real = slot < self.n_children[node][..., None]                  # (.., width)
+        child = self.first_child[node][..., None] + slot * real
+        logits = logits.float()
+        if self.all_codes:
+            logits = logits.log_softmax(-1)
+        log_probs = logits.gather(-1, self.code[child]).masked_fill(~real, -torch.inf)
+        if not self.all_codes:
+            log_probs = log_probs.log_softmax(-1)
+        return child, log_probs
 
 
-# ========================================================================================= 6. trajectories
+def path_log_probs(policy, trie, history, items):
+    """How likely is each step to the policy, and what flow does it see at each state?
+    history (B, T), items (B, P) -> log P_F(s_{l+1} | s_l), log F(s_l), l = 0 .. L - 1:
+    (B, P, L) each."""
+    path = trie.path[items]                                             # (B, P, L + 1)
+    tokens = F.pad(trie.tokens[items][..., :-1], (1, 0))              # (B, P, L), 0 first
+    states, _ = policy.decode(tokens, policy.encode(trie.tokens[history]))  # (B, P, L, d)
+    log_pf = []
+    for level in range(policy.levels):
+        logits = policy.code_logits(states[..., level, :], level)       # (B, P, C)
+        child, log_probs = trie.log_probs(logits, path[..., level], level)
+        slot = path[..., level + 1, None] - child[..., :1]      # children are neighbours
+        log_pf.append(log_probs.gather(-1, slot))                       # (B, P, 1)
 
-class Catalogue(NamedTuple):
-    """All items as paths of codes."""
-    codes: Tensor       # (N, L)
-    tokens: Tensor      # (N + 1, L) the generator's tokens; the last row, of the padding, is 0
-    trie: Trie
-    semantic: int       # how many leading codes carry meaning: a last one that tells twins apart does not
-
-    @classmethod
-    def of(cls, codes: Tensor, semantic: int, all_codes=False) -> Catalogue:
-        """codes (N, L) -> Catalogue."""
-        tokens = 1 + codes + (int(codes.max()) + 1) * torch.arange(codes.shape[1], device=codes.device)
-        return cls(codes, F.pad(tokens, (0, 0, 0, 1)), Trie(codes, all_codes), semantic)
-
-    def read(self, model: T5, history: Tensor, ends: Tensor | None = None) -> Memory:
-        """Rows (B, T), read once by the generator's encoder: whole, or as far as the places `ends` (Q,)."""
-        return model.encode(self.tokens[history].flatten(1), ends)
-
-
-def path_log_probs(model: T5, catalogue: Catalogue, memory: Memory, items: Tensor, flow=None) -> tuple:
-    """How likely each step of the paths of items (B, P) is, after B histories that the encoder has read ->
-    log_pf (B, P, L), [.., l] being log P_F(s_{l+1} | s_l); the flow head's output (B, P, L) of s_0 .. s_{L-1}
-    and, if given a flow (B, nodes), mean_log (B, P, L), the mean of log P_F over where it goes from s_l."""
-    state = model.decode_paths(F.pad(catalogue.tokens[items][..., :-1], (1, 0)), memory)
-    trie, path, log_pf, mean_log = catalogue.trie, catalogue.trie.path[items], [], []
-    for level in range(model.levels):
-        node, logits = path[..., level], model.code_logits(state[..., level, :], level)
-        child, log_probs = trie.log_probs(logits, node, level)
-        slot = path[..., level + 1] - trie.first_child[node]
-        log_pf.append(log_probs.gather(-1, slot[..., None]).squeeze(-1))
-        if flow is not None:
-            weight = flow.gather(1, child.flatten(1)).view_as(child) * (log_probs != -torch.inf)
-            mean_log.append((weight * log_probs.masked_fill(weight == 0, 0)).sum(-1) / weight.sum(-1))
-    head, mean_log = model.flow(state).squeeze(-1).float(), torch.stack(mean_log, -1) if mean_log else None
-    return torch.stack(log_pf, -1), head, mean_log
+    # The head learns what the number of items below does not tell, R being near 1.
+    log_flow = policy.flow_head(states)[..., 0].float() + trie.log_leaves[path[..., :-1]]
+    return torch.cat(log_pf, -1), log_flow
 
 
-def curriculum_sample(scores: Tensor, pool: Tensor, exclude: Tensor, k: int, beta: float) -> Tensor:
-    """K items per user, easy ones (low scores) at beta < 0, hard at beta > 0, any at 0 (Section 3.1): Gumbel
-    top-K draws without replacement from softmax(beta * z), z the standardised score. [ours]: the draw, and a
-    batch's pool. scores (B, N') of it, pool (N',) ids, k or more not in exclude (B, T) -> ids (B, k)."""
-    z = (scores - scores.mean(1, keepdim=True)) / scores.std(1, correction=0, keepdim=True).clamp(min=1e-6)
-    gumbel = -(-torch.rand_like(z).log()).log()
-    clicked = (pool[:, None] == exclude[:, None]).any(-1)                           # (B, N')
-    return pool[(beta * z + gumbel).masked_fill(clicked, -torch.inf).topk(k).indices]
+def gumbel_like(x):
+    """Noise such that the argmax of log p + noise is a draw from p, and its top K are K
+    draws without replacement."""
+    return -torch.empty_like(x).exponential_().log()
 
 
-# =============================================================================================== 7. reward
+@torch.no_grad()
+def beam_search(policy, trie, history, width=20):
+    """The likeliest items that `width` beams find, best first, and their log p: (B,
+    width) each. All beams walk along the trie, so each ends at an item, and no two at
+    the same. Where the catalogue has fewer items than beams, a row ends with N at
+    -inf."""
+    memory = policy.encode(trie.tokens[history])
+    node = token = history.new_zeros(len(history), 1)                   # (B, W): the root
+    log_p = torch.zeros_like(node, dtype=torch.float)
+    past = None
+    for level in range(policy.levels):
+        state, past = policy.decode(token[..., None], memory, past)     # (B, W, 1, d)
+        logits = policy.code_logits(state[..., 0, :], level)
+        child, log_probs = trie.log_probs(logits, node, level)          # (B, W, children)
 
-def reward(r_aug: Tensor, r_cs: Tensor, r_sim: Tensor, parts: str = "aug,cf,sim", floor=1e-4) -> Tensor:
-    """R = r_aug + r_cs + r_sim (Section 3.2), each (B, P) in [0, 1]: was the item clicked, SASRec's score of
-    it, the share of codes as in the clicked one. [ours]: at least `floor`, so that its log is finite."""
-    terms = {"aug": r_aug, "cf": r_cs, "sim": r_sim}
+        # Of all children of all beams of a history, the best `width`.
+        total = (log_p[..., None] + log_probs).flatten(1)              # (B, W * children)
+        log_p, best = total.topk(min(width, total.shape[1]))
+        node = child.flatten(1).gather(1, best)
+        token = 1 + level * policy.n_codes + trie.code[node]
+
+        # Each goes on from the keys and values of the beam that it comes from.
+        beam = torch.arange(child[..., 0].numel(), device=node.device).view(len(history), -1)
+        beam = beam.gather(1, best // child.shape[-1]).flatten()
+        past = [(keys[beam], values[beam]) for keys, values in past]
+
+    items = trie.leaf_item[node - len(trie.first_child)]
+    items = items.masked_fill(log_p == -torch.inf, len(trie.codes))
+    missing = (0, width - items.shape[1])
+    return F.pad(items, missing, value=len(trie.codes)), F.pad(log_p, missing, value=-torch.inf)
+
+
+@torch.no_grad()
+def draw_items(policy, trie, history, n):
+    """n items (B, n) for each history, drawn from the policy code by code."""
+    memory = policy.encode(trie.tokens[history])
+    node = history.new_zeros(len(history), n)                           # (B, n): the root
+    tokens = node[..., None]
+    for level in range(policy.levels):
+        states, _ = policy.decode(tokens, memory)                   # (B, n, level + 1, d)
+        logits = policy.code_logits(states[..., -1, :], level)
+        child, log_probs = trie.log_probs(logits, node, level)          # (B, n, children)
+        slot = (log_probs + gumbel_like(log_probs)).argmax(-1, keepdim=True)
+        node = child.gather(-1, slot)                                   # (B, n, 1)
+        tokens = torch.cat([tokens, 1 + level * policy.n_codes + trie.code[node]], -1)
+        node = node[..., 0]
+    return trie.leaf_item[node - len(trie.first_child)]
+
+
+# ============================== 5. GFlowGR: which paths, what they are worth, balance
+
+def curriculum_sample(scores, history, clicked, k, beta, pool=512):
+    """K unclicked items for each user, easy ones (low scores) at beta < 0, hard ones at
+    beta > 0, any at 0 (Section 3.1). scores (B, N), history (B, T), clicked (B,) -> ids
+    (B, k). [ours]: the draw, without replacement from softmax(beta * z), z being the
+    standardised score, out of a pool of random items that the batch shares."""
+    ids = torch.randperm(scores.shape[1], device=scores.device)[:pool]  # (N',)
+    z = scores[:, ids]
+    z = (z - z.mean(1, keepdim=True)) / z.std(1, keepdim=True).clamp(min=1e-6)
+    known = torch.cat([history, clicked[:, None]], 1)                   # (B, T + 1)
+    taken = (ids[:, None] == known[:, None]).any(-1)                    # (B, N')
+    preference = (beta * z + gumbel_like(z)).masked_fill(taken, -torch.inf)
+    return ids[preference.topk(k).indices]
+
+
+def collaborative_score(scores):
+    """r_cs of every item, from the collaborative model's scores (B, N): into [0, 1] by
+    each user's lowest and highest score [ours]. (B, N)."""
+    low = scores.amin(1, keepdim=True)
+    high = scores.amax(1, keepdim=True)
+    return (scores - low) / (high - low).clamp(min=1e-6)
+
+
+def code_similarity(codes, clicked):
+    """r_sim: the share of levels at which codes (B, P, L) are the clicked item's
+    (B, L)."""
+    return (codes == clicked[:, None]).float().mean(-1)
+
+
+def reward(r_aug, r_cs, r_sim, parts="aug,cs,sim", floor=1e-4):
+    """R = r_aug + r_cs + r_sim (Section 3.2), each in [0, 1]: was the item clicked, how
+    does the collaborative model score it, how many codes does it share with the clicked
+    one. `parts` names those that count. [ours]: at least `floor`, so that its log is
+    finite."""
+    terms = {"aug": r_aug, "cs": r_cs, "sim": r_sim}
     return sum(terms[part] for part in parts.split(",")).clamp(min=floor)
 
 
-def collaborative_score(scores: Tensor, scale: str = "minmax") -> Tensor:
-    """r_cs in [0, 1] of all items, from the collaborative model's scores (B, N) -> (B, N). [ours]: scaled by
-    their minimum and maximum; or, by their softmax, an item's probability over that of the best."""
-    low, high = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
-    return (scores - high).exp() if scale == "softmax" else (scores - low) / (high - low).clamp(min=1e-6)
-
-
-def shared_codes(codes: Tensor) -> Tensor:
-    """r_sim: at which share of the positions the codes (B, P, L) equal those of the first path -> (B, P)."""
-    return (codes == codes[:, :1]).float().mean(-1)
-
-
-def confidence(r_aug: Tensor, r_cs: Tensor) -> Tensor:
-    """Eq. 8, w = 1 - |r_aug - r_cs|: little where the click and the collaborative model disagree. (B, P)."""
+def confidence(r_aug, r_cs):
+    """Eq. 8, w = 1 - |r_aug - r_cs|: little where click and collaborative model
+    disagree."""
     return 1 - (r_aug - r_cs).abs()
 
 
-# =========================================================================================== 8. objectives
-
-def sft(log_pf: Tensor) -> Tensor:
-    """Eq. 1: -sum_l log p(y_l | x, y_<l). log_pf (.., L) of observed paths -> (..)."""
+def sft(log_pf):
+    """Eq. 1: -sum_l log P_F(s_l | s_{l-1}), of the path of a clicked item. (.., L) ->
+    (..)."""
     return -log_pf.sum(-1)
 
 
-def detailed_balance(log_pf: Tensor, log_flow: Tensor, log_reward: Tensor) -> Tensor:
-    """Eq. 5: sum_l (log F(s_{l-1}) + log P_F(s_l | s_{l-1}) - log F(s_l))^2 with log F(s_L) = log R.
-    log_pf, log_flow (.., L), log_reward (..) -> (..)."""
+def detailed_balance(log_pf, log_flow, log_reward):
+    """Eq. 5: sum_l (log F(s_{l-1}) + log P_F(s_l | s_{l-1}) - log F(s_l))^2, where log
+    F(s_L) is log R. log_pf, log_flow (.., L), log_reward (..) -> (..)."""
+    flow_in = log_flow + log_pf
     flow_out = torch.cat([log_flow[..., 1:], log_reward[..., None]], -1)
-    return (log_flow + log_pf - flow_out).square().sum(-1)
+    return (flow_in - flow_out).square().sum(-1)
 
 
-def trajectory_balance(log_pf: Tensor, log_flow: Tensor, log_reward: Tensor) -> Tensor:
-    """Eq. 6: (log Z + sum_l log P_F(s_l | s_{l-1}) - log R)^2 with log Z = log F(s_0). [ours]: the rewards of
-    two users do not sum to the same number, so Z is the user's. log_pf, log_flow (.., L), log_reward (..)."""
-    return (log_flow[..., 0] + log_pf.sum(-1) - log_reward).square()
+def trajectory_balance(log_pf, log_flow, log_reward):
+    """Eq. 6: (log Z + sum_l log P_F(s_l | s_{l-1}) - log R)^2. log Z is log F(s_0), so
+    it is the user's own [ours]: the rewards of two users do not sum to the same. Shapes
+    as above."""
+    log_z = log_flow[..., 0]
+    return (log_z + log_pf.sum(-1) - log_reward).square()
 
 
-def dpo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """S-DPO (Chen et al. 2024): -log sigmoid(-logsumexp_j beta (D-_j - D+)), D = log p - log p_ref; with one
-    rejected path, DPO (Rafailov et al. 2023). chosen D+ (B,), rejected D- (B, K) -> (B,)."""
+def gflowgr_loss(policy, teacher, trie, history, clicked, beta, k=4, lam=0.01,
+                 balance=trajectory_balance, parts="aug,cs,sim", weigh=True, global_z=False):
+    """Eq. 7: L_SFT + lambda * the sum over the clicked item and K augmented ones of w *
+    L_GFN. history (B, T), clicked (B,) -> (B,), and what it was made of. Only the
+    policy learns."""
+    with torch.no_grad():
+        # Which paths? The clicked item, and K that the user did not click, easy ones
+        # first (3.1).
+        scores = teacher.scores(history)                                # (B, N)
+        augmented = curriculum_sample(scores, history, clicked, k, beta)  # (B, K)
+        items = torch.cat([clicked[:, None], augmented], 1)            # (B, P), P = 1 + K
+
+        # What is each worth (3.2), and how far do the signals agree (Eq. 8)?
+        codes = trie.codes[:, :trie.semantic]
+        r_aug = (items == clicked[:, None]).float()                     # (B, P)
+        r_cs = collaborative_score(scores).gather(1, items)             # (B, P)
+        r_sim = code_similarity(codes[items], codes[clicked])           # (B, P)
+        r = reward(r_aug, r_cs, r_sim, parts)                           # (B, P)
+        w = confidence(r_aug, r_cs) if weigh else torch.ones_like(r)    # (B, P)
+
+    # How likely is each step to the policy, and what flow does it see at each state?
+    log_pf, log_flow = path_log_probs(policy, trie, history, items)     # (B, P, L) each
+    if global_z:
+        log_z = policy.log_z + trie.log_leaves[0]
+        log_flow = torch.cat([log_z.expand_as(log_flow[..., :1]), log_flow[..., 1:]], -1)
+
+    # Balance: for each path, its probability times all the flow should be its reward.
+    loss_gfn = (w * balance(log_pf, log_flow, r.log())).sum(1)          # (B,)
+    loss_sft = sft(log_pf[:, 0])                                        # (B,)
+    return loss_sft + lam * loss_gfn, {
+        "sft": loss_sft, "gfn": loss_gfn, "log Z": log_flow[:, 0, 0], "log p": log_pf.sum(-1),
+        "R": r, "w": w, "r_aug": r_aug, "r_cs": r_cs, "r_sim": r_sim, "items": items}
+
+
+@torch.no_grad()
+def all_rewards(teacher, trie, history, clicked, parts="aug,cs,sim"):
+    """R of every item (B, N). Their sum is the exact Z(x): here all leaves can be
+    listed."""
+    items = torch.arange(len(trie.codes), device=history.device)
+    codes = trie.codes[:, :trie.semantic]
+    r_aug = (items == clicked[:, None]).float()
+    r_cs = collaborative_score(teacher.scores(history))
+    return reward(r_aug, r_cs, code_similarity(codes[None], codes[clicked]), parts)
+
+
+# =========================== 6. the other methods of the paper's Table 1, and a control
+
+def sft_loss(policy, trie, history, clicked):
+    """SFT. history (B, T), clicked (B,) -> (B,), and what it was made of: so do all of
+    these."""
+    log_pf, _ = path_log_probs(policy, trie, history, clicked[:, None])
+    return sft(log_pf[:, 0]), {}
+
+
+def dpo(chosen, rejected, beta):
+    """S-DPO (Chen et al. 2024): -log sigmoid(-log sum_j exp(beta (D-_j - D+))), D being
+    log p - log p_ref; with one rejected path it is DPO (Rafailov et al. 2023).
+    chosen D+ (B,), rejected D- (B, K) -> (B,)."""
     return -F.logsigmoid(-(beta * (rejected - chosen[:, None])).logsumexp(1))
 
 
-def ipa(log_ratio: Tensor, rewards: Tensor, beta: float) -> Tensor:
-    """IPA: DPO of the path of best reward against that of the worst. log_ratio D, rewards (B, P) -> (B,)."""
-    best, worst = rewards.argmax(1, keepdim=True), rewards.argmin(1, keepdim=True)
-    return dpo(log_ratio.gather(1, best).squeeze(1), log_ratio.gather(1, worst), beta)
+def path_log_p(policy, trie, history, items):
+    """log p of whole paths (B, P), without dropout: its noise would pass for a
+    change."""
+    policy.eval()
+    return path_log_probs(policy, trie, history, items)[0].sum(-1)
 
 
-def clipped_loss(log_p: Tensor, log_old, log_ref, advantage, clip: float, kl: float) -> Tensor:
-    """-min(r A, clip(r, 1 - e, 1 + e) A), r = p / p_old (Schulman et al. 2017, Eq. 7); + kl * (q - 1 - log q)
-    with q = p_ref / p (Shao et al. 2024, Eq. 4). (B, P) each. [ours]: a path is one action."""
-    ratio, log_q = (log_p - log_old).exp(), log_ref - log_p
+def preference_loss(policy, reference, trie, history, chosen, rejected, beta=1.0):
+    """`dpo` of items: chosen (B,), rejected (B, K) -> (B,). beta [paper]."""
+    items = torch.cat([chosen[:, None], rejected], 1)                   # (B, 1 + K)
+    ratio = path_log_p(policy, trie, history, items)
+    ratio = ratio - path_log_p(reference, trie, history, items).detach()
+    return dpo(ratio[:, 0], ratio[:, 1:], beta)
+
+
+def dpo_loss(policy, reference, trie, history, clicked, negatives=1):
+    """DPO, or S-DPO with several negatives: the clicked item against random ones."""
+    alike = torch.zeros(len(history), len(trie.codes), device=history.device)
+    random = curriculum_sample(alike, history, clicked, negatives, 0.0)  # (B, K)
+    return preference_loss(policy, reference, trie, history, clicked, random), {}
+
+
+def sprec_loss(policy, old, trie, history, clicked, progress, iterations=5, beta=0.1):
+    """SPRec (Gao et al. 2025): each iteration of self-play is SFT, then DPO of the
+    clicked item against a draw of the policy of the iteration before, which is the
+    reference, too. [ours]: a draw of the clicked item counts nothing. beta, iterations
+    [paper]."""
+    if progress * iterations % 1 < 0.5:
+        return sft_loss(policy, trie, history, clicked)
+    drawn = draw_items(old, trie, history, 1)                           # (B, 1)
+    loss = preference_loss(policy, old, trie, history, clicked, drawn, beta)
+    return loss * (drawn[:, 0] != clicked), {}
+
+
+def ipa_loss(policy, old, reference, teacher, trie, history, clicked, lam=0.01):
+    """IPA: SFT, and DPO of the item of best reward against that of worst, among those
+    that a beam search of a recent policy finds. lam [ours]."""
+    loss, _ = sft_loss(policy, trie, history, clicked)
+    items, _ = beam_search(old, trie, history, min(20, len(trie.codes)))  # (B, W)
+    rewards = all_rewards(teacher, trie, history, clicked).gather(1, items)
+    order = items.gather(1, rewards.argsort(1, descending=True))
+    preference = preference_loss(policy, reference, trie, history, order[:, 0], order[:, -1:])
+    return loss + lam * preference, {"R": rewards}
+
+
+def clipped_loss(log_p, log_old, log_ref, advantage, clip=0.2, kl=1e-3):
+    """-min(r A, clip(r, 1 - e, 1 + e) A), r = p / p_old (Schulman et al. 2017, Eq. 7),
+    plus kl * (q - 1 - log q), q = p_ref / p (Shao et al. 2024, Eq. 4). (B, P) each.
+    clip, kl [paper]; [ours]: a whole path is one action."""
+    ratio = (log_p - log_old).exp()
     gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    log_q = log_ref - log_p
     return kl * (log_q.exp() - 1 - log_q) - gain
 
 
-def ppo(log_p: Tensor, log_old, log_ref, rewards, value, clip: float, kl: float) -> Tensor:
-    """PPO: the advantage is A = R - V(x); A^2 / 2 trains V. value (B,), the others (B, P) -> (B,)."""
-    error = rewards - value[:, None]
-    return (clipped_loss(log_p, log_old, log_ref, error.detach(), clip, kl) + 0.5 * error.square()).mean(1)
+def group_advantage(rewards):
+    """GRPO's advantage: the standard score of a reward in its group. (B, P)."""
+    spread = rewards.std(1, correction=0, keepdim=True)
+    return (rewards - rewards.mean(1, keepdim=True)) / (spread + 1e-4)
 
 
-def grpo(log_p: Tensor, log_old: Tensor, log_ref: Tensor, rewards: Tensor, clip: float, kl: float) -> Tensor:
-    """GRPO: the advantage is a reward's standard score in its group. (B, P) each -> (B,)."""
-    mean, spread = rewards.mean(1, keepdim=True), rewards.std(1, correction=0, keepdim=True)
-    advantage = (rewards - mean) / (spread + 1e-4)
-    return clipped_loss(log_p, log_old, log_ref, advantage, clip, kl).mean(1)
+def policy_gradient_loss(policy, old, reference, teacher, trie, history, clicked, critic,
+                         group=16):
+    """PPO with a critic, GRPO without one, on items that a recent policy draws. [ours]:
+    the critic V(x) is what the flow head says at the root. group [paper]."""
+    drawn = draw_items(old, trie, history, group)                       # (B, P)
+    rewards = all_rewards(teacher, trie, history, clicked).gather(1, drawn)
+    policy.eval()                       # as in `path_log_p`
+    log_pf, log_flow = path_log_probs(policy, trie, history, drawn)
+    error = rewards - (log_flow[..., 0] - trie.log_leaves[0])               # R - V(x)
+    advantage = error.detach() if critic else group_advantage(rewards)
+    loss = clipped_loss(log_pf.sum(-1), path_log_p(old, trie, history, drawn),
+                        path_log_p(reference, trie, history, drawn), advantage)
+    return (loss + 0.5 * critic * error.square()).mean(1), {"R": rewards}
 
 
-class Paths(NamedTuple):
-    """P paths for each history, the observed one first, and what an objective may ask of them."""
-    items: Tensor       # (B, P)
-    reward: Tensor      # (B, P) R
-    weight: Tensor      # (B, P) w of Eq. 8
-    log_known: Tensor | float = 0.0     # (B, P, L), tb (B, 1, 1): log of all R below s_l but for the click
-    flow: Tensor | None = None      # (B, nodes) each node's weight among its siblings, never 0
-    log_old: Tensor | None = None   # (B, P) log p by the policy that drew them
-    log_ref: Tensor | None = None   # (B, P) log p by the reference policy
-    log_pf: Tensor | None = None    # (B, P, L) log P_F of each step, by the generator in training
-    log_flow: Tensor | None = None  # (B, P, L) log F of s_0 .. s_{L-1}: what the head says, + log_known
-    mean_log: Tensor | None = None  # (B, P, L) the mean log P_F of where the flow goes
-
-    def balance(self, objective: Callable) -> Tensor:
-        """The sum over paths of w * L_GFN -> (B,)."""
-        return (self.weight * objective(self.log_pf, self.log_flow, self.reward.log())).sum(1)
-
-    def log_ratios(self) -> tuple[Tensor, Tensor]:
-        """D = log p - log p_ref of the observed path (B,), and of the others (B, P - 1)."""
-        log_ratio = self.log_pf.sum(-1) - self.log_ref
-        return log_ratio[:, 0], log_ratio[:, 1:]
-
-    def drawn(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """log p, log p_old, log p_ref and R of the paths beside the observed one, (B, P - 1) each."""
-        return tuple(x[:, 1:] for x in (self.log_pf.sum(-1), self.log_old, self.log_ref, self.reward))
-
-
-class Method(NamedTuple):
-    """A way of fine-tuning: where paths beside the observed one come from, and the objective put on all."""
-    source: str             # random, curriculum: sampled items; beam, draws: by `old`; none; all: all scored
-    paths: Callable         # Config -> how many of those
-    groups: tuple           # of settings that it has
-    cost: float             # time of its step over SFT's, about what was measured (README)
-    objective: Callable     # (Paths, Config) -> (B,)
-    with_sft: bool = False  # is SFT's loss, of all targets, added?
-    flow: Callable | None = None    # (Trie, scores (B, N)) -> the flow (B, nodes) that mean_log follows
-
-
-METHODS = {
-    "sft": Method("none", lambda c: 0, (), 1.0, lambda y, c: sft(y.log_pf[:, 0])),
-    "db": Method("curriculum", lambda c: c.k, ("lambda", "pool", "share", "reward", "gflownet"), 1.5,
-                 lambda y, c: c.lam * y.balance(detailed_balance), with_sft=True),
-    "tb": Method("curriculum", lambda c: c.k, ("lambda", "pool", "share", "reward", "gflownet"), 1.4,
-                 lambda y, c: c.lam * y.balance(trajectory_balance), with_sft=True),
-    "dpo": Method("random", lambda c: 1, ("pool", "share", "beta"), 0.8,
-                  lambda y, c: dpo(*y.log_ratios(), c.beta)),
-    "sdpo": Method("random", lambda c: c.negatives, ("pool", "share", "beta", "negatives"), 0.9,
-                   lambda y, c: dpo(*y.log_ratios(), c.beta)),
-    "sprec": Method("draws", lambda c: 1, ("share", "sprec"), 1.0,  # [ours]: draws, no clicks; p_ref: `old`
-                    lambda y, c: (y.items[:, 0] != y.items[:, 1]) * dpo(*y.log_ratios(), c.sprec_beta)),
-    "ipa": Method("beam", lambda c: c.beam, ("lambda", "share", "reward", "beta"), 3.4,
-                  lambda y, c: c.lam * ipa(y.log_ratios()[1], y.reward[:, 1:], c.beta), with_sft=True),
-    "ppo": Method("draws", lambda c: c.group, ("share", "reward", "policy"), 2.5,   # V(x): the flow at s_0
-                  lambda y, c: ppo(*y.drawn(), y.log_flow[:, 0, 0], c.clip, c.kl)),
-    "grpo": Method("draws", lambda c: c.group, ("share", "reward", "policy"), 2.5,
-                   lambda y, c: grpo(*y.drawn(), c.clip, c.kl)),
-    # Two controls of ours: label smoothing, and distillation of SASRec, at the nodes of the observed path.
-    "smooth": Method("none", lambda c: 0, ("smoothing",), 1.0, lambda y, c: torch.lerp(
-                     sft(y.log_pf[:, 0]), sft(y.mean_log[:, 0]), c.smoothing),
-                     flow=lambda trie, scores: torch.ones_like(trie.code).float().expand(len(scores), -1)),
-}
-METHODS["exact"] = METHODS["smooth"]._replace(source="all", cost=1.3,      # spread as SASRec's softmax is
-                                              flow=lambda trie, s: trie.flows(s.softmax(1).clamp(min=1e-20)))
-
-
-class FineTuning:
-    """A method at work: the generator in training, the frozen models that it asks, and the catalogue."""
-
-    def __init__(self, model: T5, sasrec: SASRec, catalogue: Catalogue, cfg: Config):
-        self.model, self.sasrec, self.catalogue, self.cfg = model, sasrec, catalogue, cfg
-        source, self.old, self.reference = METHODS[cfg.loss].source, None, None
-        if source in ("random", "beam", "draws"):       # the policy as it began
-            self.reference = copy.deepcopy(model).eval().requires_grad_(False)
-        if source in ("beam", "draws"):                 # the policy that draws; for sprec the reference, too
-            self.old = self.reference if cfg.loss == "sprec" else copy.deepcopy(self.reference)
-
-    def refresh(self, step: int, steps: int) -> None:
-        """After at most 8 training steps, for sprec after an iteration, `old` becomes the policy of now."""
-        times = self.cfg.iterations if self.cfg.loss == "sprec" else math.ceil(steps / 8)
-        if self.old is not None and step * times // steps > (step - 1) * times // steps:
-            self.old.load_state_dict(self.model.state_dict())
-
-    @torch.no_grad()
-    def trajectories(self, method: Method, history: Tensor, target: Tensor, progress, ends=None) -> Paths:
-        """The observed items, those beside them (unclicked: not of this row), their reward, and what frozen
-        models say where it is asked. history (B, T), target (B, 1), or (B, T) at the places `ends` (Q,)."""
-        cfg, catalogue, n_items = self.cfg, self.catalogue, len(self.catalogue.codes)
-        source, n = cfg.sampler if method.source == "curriculum" else method.source, method.paths(cfg)
-        items, log_old, log_ref = (target if ends is None else target[:, ends]).reshape(-1, 1), None, None
-        scored = source == "all" or "reward" in method.groups       # else SASRec is not asked: zeros for it
-        scores = self.sasrec.scores(history, ends) if scored else (0.0 * items).expand(-1, n_items)
-        if source in ("curriculum", "random"):
-            pool = torch.randperm(n_items, device=target.device)[:cfg.pool]
-            beta = cfg.easiest + progress * (cfg.hardest - cfg.easiest) if source == "curriculum" else 0.0
-            clicked = torch.cat([history, target], 1).repeat_interleave(len(items) // len(history), 0)
-            items = torch.cat([items, curriculum_sample(scores[:, pool], pool, clicked, n, beta)], 1)
-        if source in ("beam", "draws"):
-            memory, draws = catalogue.read(self.old, history, ends), source == "draws"
-            drawn = beam_search(self.old, catalogue, memory, n if draws else min(n, n_items), draws)[0]
-            items = torch.cat([items, drawn], 1)
-            if draws:
-                log_ref = log_old = path_log_probs(self.old, catalogue, memory, items)[0].sum(-1)
-        if self.reference not in (None, self.old) and n:        # its own; of sprec that is `old`
-            memory = catalogue.read(self.reference, history, ends)
-            log_ref = path_log_probs(self.reference, catalogue, memory, items)[0].sum(-1)
-        r_aug = (items == items[:, :1]).float()
-        r_all = collaborative_score(scores, cfg.scale) if "reward" in method.groups else scores     # a dummy
-        r_cs = r_all.gather(1, items)
-        r_sim = shared_codes(catalogue.codes[items][..., :catalogue.semantic])
-        min_max = collaborative_score(scores).gather(1, items) if scored and cfg.scale != "minmax" else r_cs
-        weight = confidence(r_aug, min_max) if cfg.confidence else torch.ones_like(r_cs)  # softmax: clicks ~0
-        known = self.log_known(r_all, items) if "gflownet" in method.groups else 0.0
-        flow = method.flow and method.flow(catalogue.trie, scores)
-        return Paths(items, reward(r_aug, r_cs, r_sim, cfg.reward), weight, known, flow, log_old, log_ref)
-
-    def log_known(self, r_cs: Tensor, items: Tensor) -> Tensor:
-        """Log of the reward below s_0 .. s_{L-1} of the paths of items (B, P) as if nothing were clicked, by
-        all r_cs (B, N) -> (B, P, L); for tb, which asks for no other, of s_0 alone, (B, 1, 1)."""
-        trie, no = self.catalogue.trie, torch.zeros_like(r_cs[:, :1])
-        leaf, node = reward(no, r_cs, no, self.cfg.reward).expand_as(r_cs), trie.path[items][..., :-1]
-        if self.cfg.loss == "tb":
-            return leaf.sum(1).log()[:, None, None]
-        return trie.flows(leaf).gather(1, node.flatten(1)).view_as(node).log()
-
-    def term(self, method: Method, history: Tensor, target: Tensor, progress: float, ends, memory) -> Tensor:
-        """A method's objective, its mean over the targets but the padding; see `loss`. No memory: read it."""
-        model, catalogue, target = self.model, self.catalogue, target.view(len(history), -1)
-        real = target < len(catalogue.codes)        # padding: a clicked item stands for it
-        paths = self.trajectories(method, history, target.where(real, history[:, :1]), progress, ends)
-        real = real if ends is None else real[:, ends]              # of a few ends perhaps none
-        memory = memory or catalogue.read(model, history, ends)
-        log_pf, log_flow, mean_log = path_log_probs(model, catalogue, memory, paths.items, paths.flow)
-        log_flow = log_flow + paths.log_known       # the head learns the rest; from 0 it would learn Z first
-        if "gflownet" in method.groups and self.cfg.z == "scalar":
-            log_z = 10 * (model.scalar_z - 1) + math.log(len(catalogue.codes))      # log N at first; 10: rate
-            log_flow = torch.cat([log_z.expand_as(log_flow[..., :1]), log_flow[..., 1:]], -1)
-        paths = paths._replace(log_pf=log_pf, log_flow=log_flow, mean_log=mean_log)
-        return (method.objective(paths, self.cfg) * real.flatten()).sum() / real.sum().clamp(min=1)
-
-    def loss(self, history: Tensor, target: Tensor, progress: float) -> Tensor:
-        """The method's loss, its mean over targets -> scalar; Eq. 7 for tb and db. Gradients reach the model
-        alone. history (B, T), progress in [0, 1], target (B,) or, of a causal encoder, (B, T): the item after
-        each item, N where padded. [ours]: but for SFT's loss and the controls, of a share of the targets."""
-        cfg, n, loss, memory = self.cfg, len(history), 0.0, None
-        ends = torch.arange(target.shape[1], device=target.device) if target.dim() == 2 else None
-        first_half = cfg.loss == "sprec" and 1e-9 < progress * cfg.iterations % 1 <= 0.5    # SFT, then DPO
-        method = METHODS["sft" if first_half else cfg.loss]
-        if method.with_sft:         # one reading for both terms; ipa's second, without dropout, has its own
-            memory = None if self.reference is not None else self.catalogue.read(self.model, history, ends)
-            loss = self.term(METHODS["sft"], history, target, progress, ends, memory)
-        if self.reference is not None and method.source != "none":
-            self.model.eval()       # dropout's noise would enter p / p_ref; `fit` calls train() again
-        if "share" in method.groups:        # few targets of many rows: those of one user are much alike
-            n_ends = target[0].numel()
-            q = torch.randperm(n_ends, device=history.device)[:math.ceil(cfg.share * n_ends)]
-            b = torch.randperm(n, device=q.device)[:max(1, round(cfg.share * n * n_ends / len(q)))]
-            history, target, ends = history[b], target[b], None if ends is None else q
-            memory = memory and Memory([(k[b], v[b]) for k, v in memory.layers], memory.bias[b][:, :, q])
-        return loss + self.term(method, history, target, progress, ends, memory)
-
-
-# ============================================================================================= 9. training
-
-def fit(model: nn.Module, title: str, loss_of: Callable, batches: Iterator[Tensor], steps: int,
-        optimiser: optim.Optimizer, journal: Journal, dtype=torch.float32, evaluations=0, validate=None,
-        after: Callable = lambda step: None, **others: nn.Module) -> None:
-    """The one loop that trains all models. loss_of(rows, progress) -> scalar; validate() -> metrics, whose
-    N@10 chooses the state to end with (else the last); after(step) follows a step. A training that was cut
-    off goes on from the journal's snapshot, which holds `others`, too. Raises DataError."""
-    weights, device = list(model.parameters()), next(model.parameters()).device
-    rate = optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(       # warm-up, then half a cosine
-        20 * (step + 1) / steps, 0.5 * (1 + math.cos(math.pi * step / steps))))
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    checks = {round(steps * i / evaluations) for i in range(1, evaluations + 1)}
-    parts = dict(model=model, optimiser=optimiser, rate=rate, scaler=scaler, **others)
-    with datasets.Progress(title, steps, journal, parts, checks) as progress:
-        start, best, best_score = progress.resume()
-        for step, rows in enumerate(itertools.islice(batches, start, None), start + 1):
-            if not model.training:          # train() walks through all modules
-                model.train()
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):    # of matrix products
-                loss = loss_of(rows, step / steps)
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimiser)
-            nn.utils.clip_grad_norm_(weights, 1.0)
-            scaler.step(optimiser)
-            scaler.update()
-            optimiser.zero_grad(set_to_none=True)
-            after(step)
-            rate.step()
-            metrics = validate() if step in checks else {}
-            if metrics and metrics["N@10"] > best_score:
-                best, best_score = copy.deepcopy(model.state_dict()), metrics["N@10"]
-            progress.done(step, loss.detach_(), metrics, (best, best_score))    # its graph ends with the step
-    model.load_state_dict(best or model.state_dict())
-
-
-# =================================================================================== 10. decoding, metrics
-
-@torch.no_grad()
-def beam_search(model: T5, catalogue: Catalogue, memory: Memory, beam: int, draws=False) -> tuple:
-    """The most likely items (B, W) that W beams find after histories that the encoder has read, best first,
-    and their log p; or W draws, code by code. All users and all beams step together along the trie, so each
-    ends at an item; where the catalogue has fewer items than beams, the rest of the row is N with -inf."""
-    trie, (rows, _, histories, _), device = catalogue.trie, memory.bias.shape, memory.bias.device
-    which = torch.arange(rows * histories, device=device)[:, None]                  # history: (B * Q, 1)
-    token = node = torch.zeros_like(which).expand(-1, beam if draws else 1)
-    score = torch.zeros(token.shape, device=device)
-    for level in range(model.levels):
-        past = [(keys[parent], values[parent]) for keys, values in past] if level else None
-        state, past = model.decode(token.reshape(rows, -1, 1), memory, past)
-        state = state.view(*token.shape, -1)                                        # (B, 1 or W, d)
-        child, log_probs = trie.log_probs(model.code_logits(state, level), node, level)
-        total, width = (score[..., None] + log_probs).flatten(1), child.shape[-1]
-        if draws:                           # the argmax of log p + Gumbel noise is a draw from p
-            noise = -torch.empty_like(log_probs).exponential_().log()
-            best = (log_probs + noise).argmax(-1) + width * torch.arange(beam, device=device)
-        else:
-            best = total.topk(min(beam, total.shape[1])).indices
-        score = total.gather(1, best)
-        parent = (which * node.shape[1] + best // width).flatten()      # each beam's row in the cache before
-        node = child.flatten(1).gather(1, best)
-        token = 1 + level * model.n_codes + trie.code[node]
-    n_items, missing = len(catalogue.codes), beam - score.shape[1]
-    items = trie.leaf_item[node - trie.first_leaf].masked_fill(score == -torch.inf, n_items)
-    return F.pad(items, (0, missing), value=n_items), F.pad(score, (0, missing), value=-torch.inf)
-
-
-def ranking_metrics(recommended: Tensor, target: Tensor) -> dict[str, float]:
-    """R@k, the share of users whose next item is among the first k, and N@k, the mean of 1 / log2(1 + rank).
-    recommended (U, W) item ids, best first; target (U,)."""
-    hit = (recommended == target[:, None]).double()
-    gain = hit / torch.log2(torch.arange(hit.shape[1], device=hit.device).double() + 2)
-    return ({f"R@{k}": hit[:, :k].sum(1).mean().item() for k in (1, 5, 10, 20)}
-            | {f"N@{k}": gain[:, :k].sum(1).mean().item() for k in (5, 10, 20)})
-
-
-# ================================================================================================ 11. main
-
-def needs(cfg: Config) -> dict[str, tuple[str, ...]]:
-    """Stage -> the groups of settings that its result depends on: the key of its cache."""
-    letter, sasrec = cfg.backbone == "letter", ("data", "training", "sasrec")
-    made = () if cfg.codes else ("vectors", "codes", *(*sasrec, "letter") * letter)
-    codes, tuning = ("data", "backbone", *made), ("sasrec", "finetune", *METHODS[cfg.loss].groups)
-    sft = (*codes, "training", "sft", *("temperature",) * letter)
-    return dict(sasrec=sasrec, vectors=("data", *made[:1]), codes=codes, sft=sft, finetune=sft + tuning)
-
-
-def train_codes(run: Run, vectors: Tensor, collaborative: Tensor, journal: Journal) -> Tensor:
-    """Train an RQ-VAE on item vectors (N, d_in), LETTER's on SASRec's (N, dim) too -> codes (N, L)."""
-    cfg, steps = run.cfg, run.cfg.code_epochs * math.ceil(len(vectors) / 1024)
-    alignment, even_codes = (cfg.alignment, cfg.even_codes) if cfg.backbone == "letter" else (0, 0)
-    model = RQVAE(vectors.shape[1], cfg.levels, cfg.codebook_size, cfg.code_dim, cfg.commitment)
-    quantiser = model.to(run.device).quantiser
-
-    def loss_of(rows: Tensor, progress: float) -> Tensor:
-        loss, quantised = model(vectors[rows])
-        if alignment:
-            loss = loss + alignment * alignment_loss(quantised.value, collaborative[rows])
-        if even_codes:
-            levels = zip(quantiser.codebooks, quantiser.clusters, quantised.codes.T)
-            loss = loss + even_codes * sum(even_codes_loss(*level) for level in levels) / cfg.levels
-        return loss
-
-    @torch.no_grad()
-    def tidy(step: int) -> None:
-        if step % max(steps // 15, 1) == 0:
-            if step < 0.8 * steps:                  # afterwards the codes must come to rest
-                (quantiser.restart_dead_codes if step else quantiser.initialise)(model.encoder(vectors))
-            if even_codes:
-                quantiser.clusters.copy_(torch.stack([datasets.balanced_clusters(
-                    codebook, kmeans(codebook, min(10, len(codebook)))) for codebook in quantiser.codebooks]))
-
-    tidy(0)
-    batches = datasets.length_batches(torch.zeros(len(vectors)), 1024, steps, cfg.seed)     # shuffled
-    optimiser = optim.AdamW(model.parameters(), 1e-3, weight_decay=0.0, fused=True)
-    fit(model, "codes", datasets.graphed(model, loss_of), batches, steps, optimiser, journal, after=tidy)
+def distillation_loss(policy, teacher, trie, history, clicked, share=0.1):
+    """A control of ours: what does it bring to learn from SASRec without a flow
+    network? SFT on a mixture of the click and of items drawn from SASRec's softmax."""
     with torch.no_grad():
-        return model(vectors)[1].codes
+        scores = teacher.scores(history)
+        drawn = (scores + gumbel_like(scores)).argmax(1)                # (B,)
+    log_pf, _ = path_log_probs(policy, trie, history, torch.stack([clicked, drawn], 1))
+    loss = sft(log_pf)                                                  # (B, 2)
+    return (1 - share) * loss[:, 0] + share * loss[:, 1], {}
 
 
-def item_codes(run: Run, sasrec: SASRec) -> Catalogue:
-    """Each item as a path of codes of its own, from --codes or the backbone; also written in that format."""
-    cfg = run.cfg
+# ============================================================ 7. settings, command line
 
-    def build(journal: Journal) -> dict:
-        if cfg.codes:
-            codes = run.inputs["codes"]
-            if codes.shape[1] > 1 and torch.equal(unique_paths(codes[:, :-1]), codes):  # it only counts twins
-                codes = codes[:, :-1]
-        else:
-            result = run.stage("vectors", lambda _: {"vectors": run.item_vectors()})
-            collaborative = datasets.principal_vectors(sasrec.item.weight[:-1], cfg.code_dim)
-            codes = train_codes(run, result["vectors"].to(run.device), collaborative, journal).cpu()
-        twins = len(codes.unique(dim=0)) < len(codes)
-        return {"codes": unique_paths(codes) if twins else codes, "semantic": codes.shape[1]}
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All settings. [paper], [TIGER], [LETTER]: as those have it; [ours]: our choice. A
+    comment after a setting is its --help; one before some is the stage whose key they
+    enter."""
+    # data
+    dataset: str = "toy"           # toy, beauty, yelp, instruments; a folder, a .csv
+    item_vectors: str = ""         # a .npy file of item vectors, not TF-IDF + SVD
+    codes: str = ""                # a NAME.index.json; letter: LETTER's published codes
+    # training
+    max_history: int = 20          # items of a history that the models see [TIGER]
+    precision: str = "auto"        # of matrix products: auto, bf16, fp16 or fp32
+    evaluations: int = 8           # validations of a training, by N@10 [ours]
+    valid_users: int = 4000        # users of these validations [ours]
+    # codes
+    backbone: str = "tiger"        # way to make codes: tiger or letter
+    levels: int = 3                # codebooks, + 1 code to part twins [TIGER]; LETTER: 4
+    codebook_size: int = 256       # codes of a level, C [TIGER]
+    code_epochs: int = 250         # passes of the RQ-VAE over the items [ours]
+    # sasrec
+    sasrec_dim: int = 128          # width of SASRec [ours]
+    sasrec_epochs: int = 30        # passes over the users [ours]
+    # sft
+    d_model: int = 128             # width of the generator, d [TIGER]
+    heads: int = 4                 # attention heads, H [ours]; TIGER: 6
+    d_kv: int = 32                 # dimensions of a head [ours]; TIGER: 64
+    d_ff: int = 512                # width of feed-forward layers [ours]; TIGER: 1024
+    layers: int = 3                # blocks of encoder, of decoder [ours]; TIGER: 4
+    dropout: float = 0.1           # dropout of the generator [TIGER]
+    softmax: str = "trie"          # over codes that lead to items [ours], all [TIGER]
+    batch: int = 256               # training pairs in a batch [TIGER]
+    lr: float = 0.02               # peak rate, relative to a weight's size [ours]
+    sft_epochs: float = 20.0       # passes of SFT over the training pairs [ours]
+    # finetune
+    finetune_epochs: float = 3.0   # passes of each fine-tuning [ours]
+    finetune_lr: float = 0.003     # peak rate of the fine-tuning [ours]
+    from_scratch: bool = False     # no SFT before, but the length of both
+    # gflownet
+    k: int = 4                     # augmented paths beside the clicked one, K [ours]
+    lam: float = 0.01              # lambda of Eq. 7 [ours]
+    beta: float = 3.0              # curriculum from -b to b [ours]; 0: random items
+    reward: str = "aug,cs,sim"     # parts of the reward that count [paper]
+    confidence: bool = True        # weight each path by Eq. 8 [paper]
+    z: str = "user"                # Z of each user: user [ours]; of all: global [paper]
+    # run
+    loss: str = "tb"               # of sft,db,tb,dpo,sdpo,sprec,ipa,ppo,grpo,distil; all
+    seeds: str = "42"              # a run for each, as 42,43,44; then mean and deviation
+    data_dir: str = "data"         # where the datasets lie
+    runs_dir: str = "runs"         # where every stage's result is kept
+    device: str = "auto"           # auto: a GPU where there is one; cpu; cuda
+    fresh: bool = False            # do all stages again, whatever is kept of them
+    show: int = 0                  # users to show Eq. 7 in numbers and both lists for
+    diversity: bool = False        # how varied the lists are (Section 4.5)
 
-    result = run.stage("codes", build)
-    run.publish(result["codes"])
-    return Catalogue.of(result["codes"].to(run.device), result["semantic"], cfg.softmax == "all")
+
+TOY = dict(levels=2, codebook_size=32, d_model=64, d_kv=16, d_ff=256, layers=2, batch=64,
+           sft_epochs=6.0, finetune_epochs=2.0, evaluations=4, valid_users=1000)
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CHOICES = {"precision": ["auto", *TYPES], "backbone": ["tiger", "letter"],
+           "softmax": ["trie", "all"], "z": ["user", "global"], "device": ["auto", "cpu", "cuda"]}
+LISTS = {"loss": "sft,db,tb,dpo,sdpo,sprec,ipa,ppo,grpo,distil", "reward": "aug,cs,sim"}
 
 
-def train_sasrec(run: Run) -> SASRec:
-    """The collaborative model, trained on every user's training sequence and frozen from then on."""
-    cfg, length = run.cfg, max(run.cfg.sasrec_length, run.cfg.max_history)  # all in use get trained
-    torch.manual_seed(cfg.seed)
-    model = SASRec(run.data.n_items, cfg.sasrec_dim, cfg.sasrec_layers, cfg.sasrec_heads, cfg.sasrec_dropout,
-                   length).to(run.device)
-
-    def build(journal: Journal) -> dict:
-        pairs = datasets.split(run.data, length)["train"].to(run.device).windows(length)
-        steps = cfg.sasrec_epochs * math.ceil(pairs.n_targets / cfg.sasrec_batch)
-        optimiser = optim.AdamW(model.parameters(), cfg.sasrec_lr, weight_decay=cfg.weight_decay, fused=True)
-        return run.train("sasrec", model, lambda history: datasets.top(model.scores(history), 20),
-                         lambda history, target, _: model.loss(history, target, cfg.sasrec_pool), pairs,
-                         cfg.sasrec_batch, steps, optimiser, journal)
-
-    return run.trained("sasrec", model, build).requires_grad_(False)
+def settings_by_stage():
+    """{stage: {setting: its help}}, as the comments of `Config` say."""
+    stages = {}
+    for line in inspect.getsource(Config).splitlines():
+        if match := re.match("    # (.+)", line):
+            stages[match[1]] = found = {}
+        if match := re.match(r"    (\w+): .+  # (.+)", line):
+            found[match[1]] = match[2]
+    return stages
 
 
-def generator(cfg: Config, catalogue: Catalogue) -> T5:
-    """An untrained generator of the size that the settings name."""
-    return T5(catalogue.codes.shape[1], int(catalogue.codes.max()) + 1, cfg.d_model, cfg.heads, cfg.d_kv,
-              cfg.d_ff, cfg.layers, cfg.dropout, cfg.temperature if cfg.backbone == "letter" else 1.0,
-              cfg.encoder == "causal")
+def command_line(argv=None):
+    """The settings that flags name. Raises DataError where a value makes no sense."""
+    parser = argparse.ArgumentParser(
+        "gflowgr.py", usage="python gflowgr.py [--loss tb] [--dataset beauty] ..",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=110))
+    for stage, settings in settings_by_stage().items():
+        group = parser.add_argument_group(stage)
+        for name, text in settings.items():
+            default = getattr(Config, name)
+            kind = dict(type=type(default), choices=CHOICES.get(name))
+            if isinstance(default, bool):
+                kind = dict(action=argparse.BooleanOptionalAction)
+            group.add_argument("--" + name.replace("_", "-"), default=default,
+                               help=f"{text} (%(default)s)", **kind)
+    if parser.parse_known_args(argv)[0].dataset == "toy":
+        parser.set_defaults(**TOY)
+    cfg = Config(**vars(parser.parse_args(argv)))
+
+    if cfg.loss == "all":
+        cfg = dataclasses.replace(cfg, loss=LISTS["loss"])
+    for name, value in vars(cfg).items():
+        wrong = name in LISTS and not set(value.split(",")) <= set(LISTS[name].split(","))
+        if type(value) is int:
+            wrong = value < (name not in ("k", "show"))
+        if type(value) is float:
+            wrong = not 0 <= value < (1 if name == "dropout" else math.inf)
+        if wrong:
+            raise DataError(f"--{name.replace('_', '-')} {value} makes no sense; see --help")
+    if not re.fullmatch(r"\d+(,\d+)*", cfg.seeds):
+        raise DataError(f"--seeds {cfg.seeds}: whole numbers are needed, as 42 or 42,43,44")
+    return cfg
 
 
-def train_generator(run: Run, stage: str, catalogue: Catalogue, sasrec: SASRec, initial: dict) -> T5:
-    """Stage sft: SFT, from scratch. Stage finetune: --loss, from `initial`, or from scratch if so set."""
-    cfg = run.cfg if stage == "finetune" else dataclasses.replace(run.cfg, loss="sft", from_scratch=True)
-    torch.manual_seed(run.seed(stage))
-    model = run.compiled(generator(cfg, catalogue).to(run.device), "encoder", "decoder")
+# =================================================== 8. training: the one loop, in view
 
-    def build(journal: Journal) -> dict:
-        pairs = run.parts["train"]
-        epochs = cfg.finetune_epochs * (stage == "finetune") + cfg.sft_epochs * cfg.from_scratch
-        if not cfg.from_scratch:
-            datasets.load_state(model, initial, run.folder("sft"))
-        steps = max(1, round(epochs * math.ceil(pairs.n_targets / cfg.batch) / METHODS[cfg.loss].cost))
-        tuning = FineTuning(model, sasrec, catalogue, cfg)
-        lr = cfg.lr if cfg.from_scratch else cfg.finetune_lr
-        optimiser = datasets.relative_adamw(model, lr, cfg.weight_decay)
-        result = run.train(cfg.loss, model, lambda history: beam_search(
-                               model, catalogue, catalogue.read(model, history), cfg.beam)[0],
-                           tuning.loss, pairs, cfg.batch, steps, optimiser, journal, old=tuning.old,
-                           after=lambda step: tuning.refresh(step, steps), graphs=cfg.loss != "sprec")
-        return {**result, "codes": catalogue.codes.cpu(), "semantic": catalogue.semantic}   # for `recommend`
+rank = int(os.environ.get("RANK", 0))              # torchrun tells each process who it is
+world = int(os.environ.get("WORLD_SIZE", 1))
 
-    return run.trained(stage, model, build)
+
+def choose_device(cfg):
+    """The settings, with what `auto` stands for. Of several processes, as torchrun
+    starts them, each takes its own GPU and joins the others; all but the first fall
+    silent."""
+    device = cfg.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = cfg.precision
+    if precision == "auto":             # bf16 where the device multiplies in it
+        cpuinfo = Path("/proc/cpuinfo")
+        known = cpuinfo.read_text() if cpuinfo.exists() else ""
+        precision = "bf16" if re.search("avx512_bf16|amx_bf16", known) else "fp32"
+        if device == "cuda":
+            precision = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
+    if "cpu" in device and precision == "fp16":
+        raise DataError("--precision fp16 needs a GPU; use bf16 or fp32")
+    if world > 1:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    return dataclasses.replace(cfg, device=device, precision=precision)
+
+
+def wait_for_all():
+    """Let all processes come to this point before any goes on."""
+    if world > 1:
+        dist.barrier()
+
+
+class Step(nn.Module):
+    """A model, its loss, and the frozen policies that the loss asks, as one module: a
+    CPU calls it, a GPU records it as a graph, and its state is what a snapshot
+    keeps."""
+
+    def __init__(self, model, loss_of, precision, **frozen):
+        super().__init__()
+        self.model = model
+        self.loss_of = loss_of
+        self.dtype = TYPES[precision]
+        self.frozen = nn.ModuleDict(frozen)
+
+    def forward(self, progress, *batch):
+        """progress, from 0 to 1, and a batch -> the loss and means to log, all
+        scalars."""
+        self.model.train()              # the loss may have left it in eval mode
+        with torch.autocast(progress.device.type, self.dtype, self.dtype != torch.float32,
+                            cache_enabled=False):  # a graph would keep a weight's old cast
+            loss, seen = self.loss_of(*batch, progress)
+        self.loss = loss.mean()
+        return self.loss, {name: x.detach().float().mean() for name, x in seen.items()}
+
+
+def relative_adamw(model, lr):
+    """AdamW whose rate for each weight is relative to the weight's size at the start,
+    about 1 in an embedding and 0.05 in a matrix, as that of T5's own Adafactor is
+    [ours]."""
+    groups = {}
+    for weight in model.parameters():
+        size = weight.detach().square().mean().sqrt().item()
+        size = f"{size or 10:.0e}"   # one digit: few groups. log_z is 0, its rate its own
+        groups.setdefault(size, []).append(weight)
+    groups = [dict(params=weights, lr=lr * float(size)) for size, weights in groups.items()]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
+
+
+def schedule(step, steps):
+    """The rate's share of its peak: up over the first twentieth, then down half a
+    cosine."""
+    return min(20 * (step + 1) / steps, 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def fit(label, step, pairs, batch, steps, optimiser, folder, evaluations, validate,
+        after=None, graph=True, save_every=180.0):
+    """The one loop that trains all recommenders, on batches of `pairs` -> its seconds.
+    validate() gives metrics, whose N@10 chooses the state to end with; after(done)
+    follows a step. A training that was cut off goes on from folder/snapshot.pt. Raises
+    DataError, and KeyboardInterrupt after Ctrl-C or SIGTERM, when the step is done and
+    all of it is kept."""
+    device = pairs.items.device
+    alike = device.type == "cpu"   # a GPU wants one shape, a CPU histories of like length
+    width = None if alike else int(pairs.length.max())
+    batches = datasets.batches(pairs.length, batch, torch.initial_seed(), alike)
+    scaler = torch.amp.GradScaler(device.type, enabled=step.dtype == torch.float16)
+    parts = dict(step=step, optimiser=optimiser, scaler=scaler)
+    peaks = [group["lr"] for group in optimiser.param_groups]
+    every = math.ceil(steps / evaluations)
+
+    # Start, or go on where a run was cut off: the same state, the same random numbers.
+    at = dict(done=0, seconds=0.0, noted=0, best={}, score=-1.0, random=torch.get_rng_state())
+    at.update(datasets.load_tensors(folder / "snapshot.pt"))
+    if at["done"]:
+        print(f"{label}: goes on after step {at['done']:,} of {steps:,}", flush=True)
+        for name, part in parts.items():
+            part.load_state_dict(at[name])
+    torch.set_rng_state(at["random"])
+    log = folder / "metrics.jsonl"
+    if rank == 0:
+        log.touch()
+        os.truncate(log, at["noted"])   # what was noted after the snapshot is noted again
+    else:
+        torch.manual_seed(torch.initial_seed() + rank)              # dropout of its own
+    started = time.perf_counter() - at["seconds"]
+    saved = time.perf_counter()
+    caught = []                         # signals, which wait for the end of a step
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: caught.append(number))
+    run = step
+    bar = tqdm(desc=label, total=steps, initial=at["done"], disable=rank > 0 or None, leave=False)
+
+    for done, rows in enumerate(itertools.islice(batches, at["done"], steps), at["done"] + 1):
+        # Of several processes each takes its share of the batch.
+        mine = rows[rank::world]
+        progress = torch.full((), (done - 1) / steps, device=device)
+        inputs = (progress, *pairs.batch(mine, width))
+
+        # On a GPU the step becomes a graph: its hundreds of small kernels, one by one,
+        # take longer to launch than to run. From then on all batches have these shapes.
+        if graph and run is step and device.type == "cuda":
+            sample = tuple(x.clone() for x in inputs)
+            run = torch.cuda.make_graphed_callables(step, sample, allow_unused_input=True)
+            step.loss.detach_()   # else gradients would wait for the stream that recorded
+
+        # The step, in mixed precision; in fp16 the loss is scaled up against underflow.
+        loss, means = run(*inputs)
+        scaler.scale(loss * len(mine) / len(rows)).backward()
+        for weight in step.model.parameters():
+            if world > 1 and weight.grad is not None:
+                dist.all_reduce(weight.grad)
+        scaler.unscale_(optimiser)
+        nn.utils.clip_grad_norm_(step.model.parameters(), 1.0)
+        for group, peak in zip(optimiser.param_groups, peaks):
+            group["lr"] = peak * schedule(done - 1, steps)
+        scaler.step(optimiser)
+        scaler.update()
+        optimiser.zero_grad()
+        if after:
+            after(done)
+        bar.update()
+
+        # Validate now and then. The best state so far is the one to end with.
+        metrics = {}
+        if done % every == 0 or done == steps:
+            metrics = validate()
+            if metrics["N@10"] > at["score"]:
+                at.update(score=metrics["N@10"], best=copy.deepcopy(step.model.state_dict()))
+
+        # Note how it goes, for metrics.jsonl and the bar.
+        due = metrics or time.perf_counter() - saved > save_every
+        if done % 50 == 0 or due:
+            at["seconds"] = time.perf_counter() - started
+            note = dict(step=done, seconds=at["seconds"], loss=loss.item(), **metrics,
+                        **{name: mean.item() for name, mean in means.items()})
+            if not math.isfinite(note["loss"]) and not scaler.is_enabled():
+                raise DataError(f"{label}: the loss is {note['loss']} at step {done:,}; "
+                                "lower the rate of this training, or --lam")
+            if rank == 0:
+                datasets.add_line(log, note)
+            told = f"loss {note['loss']:.2f}, valid N@10 {max(at['score'], 0):.4f}"
+            bar.set_postfix_str(told)
+
+        # Keep all of it every few minutes, and where somebody wants to stop.
+        stop = len(caught)
+        if world > 1:                   # all processes stop after the same step
+            stop = torch.tensor(stop, device=device)
+            dist.all_reduce(stop)
+        if due or stop:
+            at.update(done=done, noted=log.stat().st_size, random=torch.get_rng_state(),
+                      **{name: part.state_dict() for name, part in parts.items()})
+            if rank == 0:
+                datasets.save_tensors(folder / "snapshot.pt", at)
+            saved = time.perf_counter()
+        if stop:
+            raise KeyboardInterrupt(f"{label}: stopped after step {done:,} of {steps:,}")
+        if metrics and bar.disable:                 # piped output has lines, not a bar
+            print(f"{label}: step {done:,} of {steps:,}, {told}", flush=True)
+    bar.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    step.model.load_state_dict(at["best"])
+    return at["seconds"]
+
+
+# =========================== 9. stages and main: what runs when, and what is kept of it
+
+def stage(cfg, data, number, label, groups, inputs, build):
+    """The result of build(folder), or what an earlier run kept of it in
+    RUNS/DATASET/LABEL-KEY. The key is made of the settings of these groups and of the
+    stage's inputs: what is done anew upstream changes the inputs, so that all that
+    follows from it is done anew, too."""
+    settings = [getattr(cfg, name) for group in groups for name in settings_by_stage()[group]]
+    key = datasets.fingerprint([settings, cfg.seeds, inputs])
+    folder = Path(cfg.runs_dir, data.name, f"{label.replace(' ', '-')}-{key}")
+    code = datasets.code_hash(__file__, datasets.__file__)
+    result = {} if cfg.fresh else datasets.load_tensors(folder / "result.pt")
+    if not result:
+        print(f"stage {number} of {3 + len(cfg.loss.split(','))}, {label}", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        if cfg.fresh and rank == 0:
+            (folder / "snapshot.pt").unlink(missing_ok=True)
+        wait_for_all()
+        torch.manual_seed(int(cfg.seeds))
+        result = build(folder)
+        if rank == 0:
+            result.update(label=label, config=dataclasses.asdict(cfg), code=code)
+            datasets.save_tensors(folder / "result.pt", result)
+            datasets.report(folder.parent / "results.jsonl", result)
+            (folder / "snapshot.pt").unlink(missing_ok=True)
+        wait_for_all()
+        result = datasets.load_tensors(folder / "result.pt")  # in all what the first one kept
+    if result["code"] != code:
+        print(f"note: other code than today's made {label}; --fresh does it again")
+    print(f"{label:<12}{result['seconds']:8,.1f} s, kept in {folder}", flush=True)
+    return result
+
+
+def train(cfg, data, label, folder, step, search, pairs, batch, epochs, optimiser, **options):
+    """Fit a recommender, its state chosen by N@10 of some validation users; then score
+    all of these and, this once, the test users -> what its stage keeps.
+    search(histories) -> (B, 20)."""
+    parts = datasets.split(data, cfg.max_history, cfg.device)
+    shuffled = torch.randperm(data.n_users, generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def score(part, users):
+        # Each process asks for its share of the users, those of like lengths together.
+        step.model.eval()
+        order = torch.argsort(parts[part].length[users], stable=True)
+        items = torch.zeros(len(users), 20, dtype=torch.long, device=cfg.device)
+        with torch.autocast(cfg.device, step.dtype, step.dtype != torch.float32):
+            for some in order[rank::world].split(256 if cfg.device == "cpu" else 1024):
+                history, _ = parts[part].batch(users[some])
+                items[some.to(cfg.device)] = search(history)
+        if world > 1:
+            dist.all_reduce(items)
+        return datasets.ranking_metrics(items, parts[part].target(users)), items.cpu()
+
+    batch = min(batch, len(pairs.end))
+    steps = math.ceil(epochs * len(pairs.end) / batch)
+    seconds = fit(label, step, pairs, batch, steps, optimiser, folder, cfg.evaluations,
+                  lambda: score("valid", shuffled[:cfg.valid_users])[0], **options)
+    everyone = torch.arange(data.n_users)
+    valid, _ = score("valid", everyone)
+    test, items = score("test", everyone)
+    if data.liked is not None:
+        test["liked"] = datasets.liked_unseen(items, data)
+    state = {name: value.cpu() for name, value in step.model.state_dict().items()}
+    return dict(state=state, valid=valid, test=test, top=items.int(), seconds=seconds)
+
+
+def train_sasrec(cfg, data, model, folder):
+    """Stage 1, the collaborative model: all next items of a user's window at once."""
+    step = Step(model, lambda *batch: (model.loss(*batch[:2]), {}), cfg.precision)
+    return train(cfg, data, "SASRec", folder, step,
+                 lambda history: datasets.top(model.scores(history), 20),
+                 datasets.windows(data, cfg.max_history, cfg.device), 128, cfg.sasrec_epochs,
+                 torch.optim.AdamW(model.parameters(), 1e-3, fused=True))
+
+
+def item_codes(cfg, data, collaborative):
+    """Stage 2, a path of codes for each item: from a file, or made of the items'
+    vectors, by LETTER's way also of SASRec's (N, dim). -> codes (N, L), how many of the
+    L carry meaning."""
+    if cfg.codes:
+        codes = datasets.ready_codes(cfg.codes, cfg.dataset, cfg.data_dir, data.n_items)
+        semantic = datasets.semantic_levels(codes)
+        print(datasets.code_figures(codes[:, :semantic]))
+    else:
+        own = None
+        if cfg.item_vectors:
+            own = datasets.read_vectors(cfg.item_vectors, data.n_items)
+        letter = cfg.backbone == "letter"
+
+        def build(folder):
+            started = time.perf_counter()
+            vectors = datasets.item_vectors(data, own, collaborative).to(cfg.device)
+            near = datasets.principal_vectors(collaborative, 32).to(cfg.device)
+            codes = train_codes(vectors, cfg.levels, cfg.codebook_size, cfg.code_epochs,
+                                near if letter else None)
+            return dict(codes=codes.cpu(), seconds=time.perf_counter() - started)
+
+        asks_sasrec = letter or not any(data.texts)
+        inputs = [data.fingerprint, own, collaborative if asks_sasrec else None]
+        codes = stage(cfg, data, 2, "codes", ["codes"], inputs, build)["codes"]
+        semantic = cfg.levels
+        print(datasets.code_figures(codes, cfg.codebook_size))
+    if len(codes.unique(dim=0)) < len(codes):
+        codes = unique_paths(codes)
+    return codes, semantic
+
+
+def generator(cfg, trie, state=None):
+    """A generator of the size that the settings name, untrained or in a state."""
+    temperature = 0.7 if cfg.backbone == "letter" else 1.0            # [LETTER]: 0.7 to 1
+    model = T5(trie.codes.shape[1], int(trie.codes.max()) + 1, cfg.d_model, cfg.heads, cfg.d_kv,
+               cfg.d_ff, cfg.layers, cfg.dropout, temperature).to(cfg.device)
+    if state:
+        model.load_state_dict(state)
+    return model.eval()
+
+
+def eq7(cfg):
+    """What the settings say of Eq. 7, as arguments of `gflowgr_loss`."""
+    return dict(k=cfg.k, lam=cfg.lam, parts=cfg.reward, weigh=cfg.confidence,
+                global_z=cfg.z == "global")
+
+
+def train_generator(cfg, data, label, folder, loss, trie, teacher, initial, epochs):
+    """Stage 3 and on: the generator, trained by one loss, from a state or from
+    scratch."""
+    policy = generator(cfg, trie, initial)
+    reference = copy.deepcopy(policy).requires_grad_(False)         # as it began
+    old = copy.deepcopy(reference)                                 # as it was a while ago
+    pairs = datasets.split(data, cfg.max_history, cfg.device)["train"]
+    a_while = math.ceil(epochs * len(pairs.end) / cfg.batch / 5) if loss == "sprec" else 8
+
+    def loss_of(history, clicked, progress):
+        given = (trie, history, clicked)
+        if loss == "sft":
+            return sft_loss(policy, *given)
+        if loss in ("db", "tb"):
+            beta = cfg.beta * (2 * progress - 1)             # easy first, hard at the end
+            balance = detailed_balance if loss == "db" else trajectory_balance
+            return gflowgr_loss(policy, teacher, *given, beta, balance=balance, **eq7(cfg))
+        if loss in ("dpo", "sdpo"):
+            return dpo_loss(policy, reference, *given, negatives=1 if loss == "dpo" else 3)
+        if loss == "sprec":
+            return sprec_loss(policy, old, *given, progress)
+        if loss == "ipa":
+            return ipa_loss(policy, old, reference, teacher, *given)
+        if loss in ("ppo", "grpo"):
+            return policy_gradient_loss(policy, old, reference, teacher, *given, loss == "ppo")
+        return distillation_loss(policy, teacher, *given)
+
+    def after(done):
+        if done % a_while == 0:
+            old.load_state_dict(policy.state_dict())
+
+    step = Step(policy, loss_of, cfg.precision, old=old, reference=reference)
+    result = train(cfg, data, label, folder, step,
+                   lambda history: beam_search(policy, trie, history)[0], pairs, cfg.batch, epochs,
+                   relative_adamw(policy, cfg.finetune_lr if initial else cfg.lr), after=after,
+                   graph=loss != "sprec")
+    return dict(result, codes=trie.codes.cpu(), semantic=trie.semantic, ids=data.ids)
 
 
 @torch.no_grad()
-def recommend(run_folder, history: list[int], k: int = 10) -> list[int]:
-    """The k best next items after a history of item ids, oldest first, by a trained generator: run_folder is
-    that of an SFT or a fine-tuning, as "runs/toy/tb-0123456789". Raises DataError."""
-    cfg, kept, history = datasets.read_generator(run_folder, Config, history, k)
-    catalogue = Catalogue.of(kept["codes"], kept["semantic"], cfg.softmax == "all")
-    model = datasets.load_state(generator(cfg, catalogue), kept["state"], run_folder)
-    memory = catalogue.read(model, torch.tensor([history[-cfg.max_history:]]))
-    return beam_search(model, catalogue, memory, max(k, cfg.beam))[0][0, :k].tolist()
+def look(cfg, trie, teacher, result, pairs, users):
+    """What Eq. 7 is made of for users after a training; the K items are random, and the
+    same for each training. And the exact log Z(x) (B,), the log of the sum of all R."""
+    history, clicked = pairs.batch(users)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        _, seen = gflowgr_loss(generator(cfg, trie, result["state"]), teacher, trie, history,
+                               clicked, 0.0, **eq7(cfg))
+    rewards = all_rewards(teacher, trie, history, clicked, cfg.reward)
+    return {**seen, "exact log Z": rewards.sum(1).log()}
 
 
-def run_all(cfg: Config) -> tuple[str, dict]:
-    """All stages in order, each one kept; returns the tables of results, and the results."""
-    method = METHODS[cfg.loss]
-    drawn = method.source == "random" or method.source == "curriculum" and cfg.sampler != "none"
-    run = Run(cfg, needs, fit, ranking_metrics, unclicked=method.paths(cfg) if drawn else 0)
-    sasrec = train_sasrec(run)
-    catalogue = item_codes(run, sasrec)
-    print(datasets.code_figures(catalogue.codes[:, :catalogue.semantic], sasrec.item.weight[:-1]))
-    start = train_generator(run, "sft", catalogue, sasrec, {})
-    train_generator(run, "finetune", catalogue, sasrec, start.state_dict())
-    return datasets.summary(run, sasrec.scores, collaborative_score)
+def run(cfg):
+    """All stages of one seed in order, each done once and then kept -> what the table
+    shows of each, and the users' test items."""
+    if rank > 0:
+        wait_for_all()                                  # the first process downloads
+    data = datasets.load(cfg.dataset, Path(cfg.data_dir), int(cfg.seeds))
+    if rank == 0:
+        wait_for_all()
+    datasets.check_size(data, cfg.max_history, max(cfg.k, 3))
+    print(f"{datasets.figures(data)}; {world} x {cfg.device}, {cfg.precision}, seed {cfg.seeds}")
+
+    # 1: the collaborative model. It is frozen from here on.
+    torch.manual_seed(int(cfg.seeds))
+    teacher = SASRec(data.n_items, cfg.sasrec_dim, max_length=cfg.max_history).to(cfg.device)
+    first = stage(cfg, data, 1, "SASRec", ["training", "sasrec"], [data.fingerprint],
+                  lambda folder: train_sasrec(cfg, data, teacher, folder))
+    teacher.load_state_dict(first["state"])
+    teacher.eval().requires_grad_(False)
+
+    # 2: the codes, a path for each item.
+    codes, semantic = item_codes(cfg, data, first["state"]["item.weight"][:-1])
+    trie = Trie(codes.to(cfg.device), semantic, cfg.softmax == "all")
+
+    # 3: SFT, which all else starts from, and is measured by.
+    inputs = [data.fingerprint, codes, semantic, cfg.backbone]
+    start = stage(cfg, data, 3, "SFT", ["training", "sft"], inputs,
+                  lambda folder: train_generator(cfg, data, "SFT", folder, "sft", trie, teacher,
+                                                 None, cfg.sft_epochs))
+    results = {"popular": datasets.popular(data), "SASRec": first, "SFT": start}
+
+    # 4 and on: each fine-tuning, from the same SFT, of as many steps.
+    initial = None if cfg.from_scratch else start["state"]
+    epochs = cfg.finetune_epochs + cfg.sft_epochs * cfg.from_scratch
+    parts = datasets.split(data, cfg.max_history, cfg.device)
+    for number, loss in enumerate(cfg.loss.split(","), 4):
+        label = ("only " if cfg.from_scratch else "then ") + loss
+        groups = ["training", "sft", "finetune"] + ["gflownet"] * (loss in ("db", "tb"))
+        results[label] = stage(
+            cfg, data, number, label, groups, [*inputs, initial, first["state"]],
+            lambda folder: train_generator(cfg, data, label, folder, loss, trie, teacher, initial,
+                                           epochs))
+        if loss in ("db", "tb"):
+            users = torch.arange(min(1000, data.n_users))
+            print(datasets.balance(*(look(cfg, trie, teacher, result, parts["valid"], users)
+                                     for result in (start, results[label]))))
+
+    for user in range(cfg.show):
+        print(datasets.case_study(data, user, results, *(
+            look(cfg, trie, teacher, result, parts["test"], torch.tensor([user]))
+            for result in (start, results[label]))))
+    if cfg.diversity:
+        print(datasets.diversity_table(results, data))
+    return results, data.items[data.offsets[1:] - 1]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code: 0; 1 for bad input, 2 a wrong flag, 130 Ctrl-C, 143 SIGTERM."""
-    return datasets.guarded(lambda: datasets.for_each_seed(run_all, datasets.command_line(
-        Config, argv, "gflowgr.py", __doc__.splitlines()[0])))
+@torch.no_grad()
+def recommend(folder, history, k=10):
+    """The k best next items after a history of items, oldest first, by the generator
+    that a run kept in `folder` (as "runs/toy/then-tb-0123456789"), at that run's
+    precision. Items are named as in the dataset: by numbers, or by a .csv's own ids.
+    Raises DataError."""
+    kept = datasets.load_tensors(Path(folder, "result.pt"))
+    if "semantic" not in kept:
+        raise DataError(f"{folder} holds no generator; name one as runs/toy/then-tb-0123456789")
+    cfg = dataclasses.replace(Config(**kept["config"]), device="cpu")
+    trie = Trie(kept["codes"], kept["semantic"], cfg.softmax == "all")
+    ids = kept["ids"] or list(range(len(trie.codes)))
+    if not history or not set(history) <= set(ids) or not 1 <= k <= len(ids):
+        raise DataError(f"a history needs items as {ids[0]!r}, and k must be 1 to {len(ids)}")
+    recent = torch.tensor([[ids.index(item) for item in history[-cfg.max_history:]]])
+    with torch.autocast("cpu", TYPES[cfg.precision], cfg.precision != "fp32"):
+        items, _ = beam_search(generator(cfg, trie, kept["state"]), trie, recent, max(k, 20))
+    return [ids[item] for item in items[0, :k]]
+
+
+def main(argv=None):
+    """The command; returns its exit code."""
+    try:
+        cfg = choose_device(command_line(argv))
+        found = [run(dataclasses.replace(cfg, seeds=seed)) for seed in cfg.seeds.split(",")]
+        print(f"\n{datasets.results_table(found)}\nkept in {cfg.runs_dir}")
+        return 0
+    except DataError as error:
+        message = error
+    except (MemoryError, torch.OutOfMemoryError):
+        message = "memory has run out; use a smaller --batch"
+    except (KeyboardInterrupt, BrokenPipeError) as error:       # Ctrl-C, SIGTERM, | head
+        message = f"{error}; the same command goes on from there"
+    except OSError as error:
+        message = f"{error}; --runs-dir says where results are kept"
+    if rank == 0:
+        print(f"error: {message}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.stdout.reconfigure(errors="replace")            # of a console that has no "±"
+    sys.exit(main())
