@@ -1115,6 +1115,8 @@ def fit(label, step, pairs, batch, steps, optimiser, folder, evaluations, valida
     bar.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if caught:                          # after the last step
+        raise KeyboardInterrupt(f"{label}: stopped after its last step")
     step.model.load_state_dict(at["best"])
     return at["seconds"]
 
