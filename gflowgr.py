@@ -804,8 +804,9 @@ def policy_gradient_loss(policy, old, reference, teacher, trie, history, clicked
     log_pf, log_flow = path_log_probs(policy, trie, history, drawn)
     error = rewards - (log_flow[..., 0] - trie.log_leaves[0])               # R - V(x)
     advantage = error.detach() if critic else group_advantage(rewards)
-    loss = clipped_loss(log_pf.sum(-1), path_log_p(old, trie, history, drawn),
-                        path_log_p(reference, trie, history, drawn), advantage)
+    log_old = path_log_p(old, trie, history, drawn).detach()
+    log_ref = path_log_p(reference, trie, history, drawn).detach()
+    loss = clipped_loss(log_pf.sum(-1), log_old, log_ref, advantage)
     return (loss + 0.5 * critic * error.square()).mean(1), {"R": rewards}
 
 

@@ -798,8 +798,8 @@ def scene(trie, history, clicked):
         history=history,
         clicked=clicked,
         policy=small_policy(trie),
-        old=small_policy(trie).requires_grad_(False),
-        reference=small_policy(trie).requires_grad_(False),
+        old=small_policy(trie),
+        reference=small_policy(trie),
         teacher=Teacher(torch.randn(len(clicked), len(trie.codes))),
     )
 
@@ -1175,11 +1175,11 @@ def test_a_narrow_beam_finds_different_items_with_their_log_p_best_first(w):
 
 
 def test_draws_follow_the_policy(w):
-    """By chi-square: one of a thousand such tests would fail by chance."""
+    """By chi-square: with 29 degrees of freedom, chance passes 80 once in a million."""
     drawn = ask(g.draw_items, w, n=20000)
     count = torch.bincount(drawn[3], minlength=30)
     expected = 20000 * ask(all_log_p, w)[3].exp()
-    assert ((count - expected).square() / expected).sum() < 58.3
+    assert ((count - expected).square() / expected).sum() < 80
 
 
 # =========================================================================== 5. GFlowGR
@@ -1369,6 +1369,8 @@ def test_all_weights_that_a_method_uses_get_a_gradient_and_the_teacher_none(w, n
             without.add(weight_name)
     assert without == WITHOUT.get(name, {"log_z", "flow_head.weight"})
     assert w.teacher.given.grad is None
+    assert all(weight.grad is None for weight in w.old.parameters())
+    assert all(weight.grad is None for weight in w.reference.parameters())
 
 
 @parametrize("name, expected", [("dpo", 2.0), ("sdpo", 4.0), ("grpo", 1.0)])
@@ -1683,20 +1685,6 @@ def test_a_loss_that_is_not_finite_is_one_sentence(tmp_path):
             lambda model, *_: model.weight[None] / 0 * 0,
             lambda model: {"N@10": 0},
         )
-
-
-def test_progress_goes_from_0_to_1_and_each_row_comes_once_a_pass(tmp_path):
-    seen = []
-
-    def loss_of(model, history, target, progress):
-        seen.append((progress.item(), target))
-        return model.weight * target
-
-    fit_line(tmp_path, loss_of, lambda model: {"N@10": 0}, steps=15)
-    assert [progress for progress, _ in seen] == pytest.approx(
-        [i / 15 for i in range(15)]
-    )
-    assert all(len(target) == 8 for _, target in seen)
 
 
 def test_bf16_is_close_to_fp32():
