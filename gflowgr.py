@@ -24,8 +24,9 @@ Shapes, everywhere:
     H  attention heads          d  width of a vector          U  users
 
 Histories are padded on the right with the id N. A state s_l is a history and the first l codes
-of an item: s_0 is the root of the tree, s_L a leaf. Every state has one parent, so log P_B = 0,
-and P_F(s_l | s_{l-1}) is the generator's probability of the next code. F(s) is the flow through
+of an item: s_0 is the root of the tree, s_L a leaf. An action is the next code, a trajectory an
+item's path. Every state has one parent, so log P_B = 0, and P_F(s_l | s_{l-1}) is the
+generator's probability of the next code. F(s) is the flow through
 a state, the reward of all leaves below it; Z(x) = F(s_0), the flow through the root, is all.
 [paper], [TIGER] and [LETTER] mark what those have; [ours] is a choice of this file, where the
 paper is silent, or where measuring spoke for another one.
@@ -185,7 +186,7 @@ def train_codes(vectors, levels, size, epochs, collaborative=None, alignment=0.1
     with torch.no_grad():
         quantiser.initialise(model.encoder(vectors))
 
-    for epoch in tqdm(range(epochs), desc="codes", disable=None, leave=False):
+    for epoch in tqdm(range(epochs), "codes", disable=None, leave=False):
         # Some fifteen times unused codes move to where items are, at last they rest.
         if epoch % max(epochs // 15, 1) == 0:
             if 0 < epoch < 0.8 * epochs:
@@ -290,7 +291,7 @@ class Dropout(nn.Module):
         size = x.numel()
         places = 1 << 24
         if len(self.strip) < places + size or self.strip.dtype != x.dtype:
-            # Of a fixed seed: a resumed run has the same, and a longer one begins so.
+            # Of a fixed seed: a resumed run, or a longer strip, has the same masks.
             noise = torch.rand(places + 2 * size, generator=torch.Generator().manual_seed(0))
             self.strip = (noise >= self.p).to(x.dtype) / (1 - self.p)
         start = int(torch.randint(places, ()))
@@ -545,7 +546,8 @@ def path_log_probs(policy, trie, history, items):
         slot = path[..., level + 1, None] - child[..., :1]      # children are neighbours
         log_pf.append(log_probs.gather(-1, slot))                       # (B, P, 1)
 
-    # The head learns what the number of items below does not tell, R being near 1.
+    # F(s) is the reward of all items below s: their number times their mean R, which is
+    # near 1. So log F starts at the log of their number, and the head learns the rest.
     log_flow = policy.flow_head(states)[..., 0].float() + trie.log_leaves[path[..., :-1]]
     return torch.cat(log_pf, -1), log_flow
 
@@ -582,7 +584,7 @@ def beam_search(policy, trie, history, width=20):
         beam = beam.gather(1, best // child.shape[-1]).flatten()
         past = [(keys[beam], values[beam]) for keys, values in past]
 
-    items = trie.leaf_item[node - len(trie.first_child)]
+    items = trie.leaf_item[node - len(trie.first_child)]    # leaves come after inner nodes
     items = items.masked_fill(log_p == -torch.inf, len(trie.codes))
     missing = (0, width - items.shape[1])
     return F.pad(items, missing, value=len(trie.codes)), F.pad(log_p, missing, value=-torch.inf)
@@ -997,7 +999,7 @@ def relative_adamw(model, lr):
     groups = {}
     for weight in model.parameters():
         size = weight.detach().square().mean().sqrt().item()
-        size = f"{size or 10:.0e}"   # one digit: few groups. log_z is 0, its rate its own
+        size = f"{size or 10:.0e}"   # one digit: few groups; log_z is 0 and counts as 10
         groups.setdefault(size, []).append(weight)
     groups = [dict(params=weights, lr=lr * float(size)) for size, weights in groups.items()]
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
@@ -1025,7 +1027,8 @@ def fit(label, step, pairs, batch, steps, optimiser, folder, evaluations, valida
     peaks = [group["lr"] for group in optimiser.param_groups]
     every = math.ceil(steps / evaluations)
 
-    # Start, or go on where a run was cut off: the same state, the same random numbers.
+    # Start, or go on where a run was cut off: the same state and, on a CPU, the same
+    # random numbers.
     at = dict(done=0, seconds=0.0, noted=0, best={}, score=-1.0, random=torch.get_rng_state())
     at.update(datasets.load_tensors(folder / "snapshot.pt"))
     if at["done"]:
@@ -1044,7 +1047,6 @@ def fit(label, step, pairs, batch, steps, optimiser, folder, evaluations, valida
     caught = []                         # signals, which wait for the end of a step
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: caught.append(number))
-    run = step
     bar = tqdm(desc=label, total=steps, initial=at["done"], disable=rank > 0 or None, leave=False)
 
     for done, rows in enumerate(itertools.islice(batches, at["done"], steps), at["done"] + 1):
@@ -1055,13 +1057,14 @@ def fit(label, step, pairs, batch, steps, optimiser, folder, evaluations, valida
 
         # On a GPU the step becomes a graph: its hundreds of small kernels, one by one,
         # take longer to launch than to run. From then on all batches have these shapes.
-        if graph and run is step and device.type == "cuda":
+        if graph and device.type == "cuda":
+            graph = False                       # once: this replaces the step's forward
             sample = tuple(x.clone() for x in inputs)
-            run = torch.cuda.make_graphed_callables(step, sample, allow_unused_input=True)
-            step.loss.detach_()   # else gradients would wait for the stream that recorded
+            torch.cuda.make_graphed_callables(step, sample, allow_unused_input=True)
+            step.loss.detach_()                 # frees what the recording's gradients hold
 
         # The step, in mixed precision; in fp16 the loss is scaled up against underflow.
-        loss, means = run(*inputs)
+        loss, means = step(*inputs)
         scaler.scale(loss * len(mine) / len(rows)).backward()
         for weight in step.model.parameters():
             if world > 1 and weight.grad is not None:
@@ -1251,10 +1254,11 @@ def train_generator(cfg, data, label, folder, loss, trie, teacher, initial, epoc
     scratch."""
     policy = generator(cfg, trie, initial)
     reference = copy.deepcopy(policy).requires_grad_(False)         # as it began
-    old = copy.deepcopy(reference)                                 # as it was a while ago
+    old = copy.deepcopy(reference)                      # renewed every `a_while` steps
     pairs = datasets.split(data, cfg.max_history, cfg.device)["train"]
     a_while = math.ceil(epochs * len(pairs.end) / cfg.batch / 5) if loss == "sprec" else 8
 
+    # A loss of your own: a branch here, its name in LISTS, and its settings' group in `run`.
     def loss_of(history, clicked, progress):
         given = (trie, history, clicked)
         if loss == "sft":
@@ -1281,7 +1285,7 @@ def train_generator(cfg, data, label, folder, loss, trie, teacher, initial, epoc
     result = train(cfg, data, label, folder, step,
                    lambda history: beam_search(policy, trie, history)[0], pairs, cfg.batch, epochs,
                    relative_adamw(policy, cfg.finetune_lr if initial else cfg.lr), after=after,
-                   graph=loss != "sprec")
+                   graph=loss != "sprec")       # it branches by progress, which no graph can
     return dict(result, codes=trie.codes.cpu(), semantic=trie.semantic, ids=data.ids)
 
 
@@ -1385,7 +1389,7 @@ def main(argv=None):
     except (MemoryError, torch.OutOfMemoryError):
         message = "memory has run out; use a smaller --batch"
     except (KeyboardInterrupt, BrokenPipeError) as error:       # Ctrl-C, SIGTERM, | head
-        message = f"{error}; the same command goes on from there"
+        message = f"{error or 'stopped'}; the same command goes on from there, without --fresh"
     except OSError as error:
         message = f"{error}; --runs-dir says where results are kept"
     if rank == 0:
