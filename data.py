@@ -627,7 +627,7 @@ def code_figures(codes, size=None):
         usage = f"usage {', '.join(f'{n / size:.0%}' for n in used)}"
     rate = 1 - len(codes.unique(dim=0)) / len(codes)
     text = f"{'codes':12}{usage}; collision rate {rate:.3f}"
-    if rate > 0.5:
+    if rate > 0.7:
         text += ("\nnote: most items share their codes with another one, which only "
                  "the last code tells apart;\n      the items' texts or vectors may be "
                  "too much alike: see --item-vectors")
