@@ -903,6 +903,7 @@ def command_line(argv=None):
     """The settings that flags name. Raises DataError where a value makes no sense."""
     parser = argparse.ArgumentParser(
         "gflowgr.py", usage="python gflowgr.py [--loss tb] [--dataset beauty] ..",
+        allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=110))
     for stage, settings in settings_by_stage().items():
         group = parser.add_argument_group(stage)
@@ -1312,6 +1313,12 @@ def run(cfg):
         wait_for_all()
     datasets.check_size(data, cfg.max_history, max(cfg.k, 3))
     print(f"{datasets.figures(data)}; {world} x {cfg.device}, {cfg.precision}, seed {cfg.seeds}")
+
+    # A bad file is told before anything is trained.
+    if cfg.codes:
+        datasets.ready_codes(cfg.codes, cfg.dataset, cfg.data_dir, data.n_items)
+    if cfg.item_vectors:
+        datasets.read_vectors(cfg.item_vectors, data.n_items)
 
     # 1: the collaborative model. It is frozen from here on.
     torch.manual_seed(int(cfg.seeds))
