@@ -63,9 +63,10 @@ class Data(NamedTuple):
     texts: list                     # (N,) title and description, for item vectors
     items: torch.Tensor             # all users' sequences one after the other
     offsets: torch.Tensor           # (U + 1,) u's: items[offsets[u]:offsets[u + 1]]
-    ids: list | None                # (N,) the user's own item ids, if not the numbers
+    ids: list                       # (N,) the user's own item ids, or the numbers
     liked: torch.Tensor | None      # (U, N) true tastes; only the toy world knows
     fingerprint: str                # a hash of all of it
+    parts: dict = {}                # as `split` says
 
     @property
     def n_items(self):
@@ -118,10 +119,10 @@ def load_tensors(path):
         raise DataError(f"{path} is damaged; remove it and run the same command")
 
 
-def add_line(path, entry):
-    """Add a line to a .jsonl file."""
-    with open(path, "a") as file:
-        file.write(json.dumps(entry) + "\n")
+def write_lines(path, entries):
+    """Write a .jsonl file of these lines."""
+    lines = [json.dumps(entry) + "\n" for entry in entries]
+    write_atomically(path, "".join(lines).encode())
 
 
 def fingerprint(value):
@@ -180,8 +181,10 @@ def download(dataset, data_dir, kinds=("inter", "item"), base_url=URL):
 
 
 def ready_codes(codes, dataset, data_dir, n_items):
-    """The codes (N, L) that --codes names: of a file, or, with `letter`, those that
-    LETTER published. Raises DataError."""
+    """The codes (N, L) that --codes names, of a file or, with `letter`, those that
+    LETTER published; None where it names nothing. Raises DataError."""
+    if not codes:
+        return None
     path = Path(codes)
     if codes == "letter":
         if "index" not in DATASETS.get(dataset, {}):
@@ -189,26 +192,30 @@ def ready_codes(codes, dataset, data_dir, n_items):
                             "give the path of a NAME.index.json, or leave --codes out")
         folder = download(dataset, data_dir, ("index",))
         path = folder / f"{folder.name}.index.json"
-    return read_codes(path, n_items)
+    ready = read_codes(path, n_items)
+    print(code_figures(ready[:, :semantic_levels(ready)]))
+    return ready
 
 
 # --------------------------------------------------------------------------------- read
 
-def load(dataset, data_dir="data", seed=42):
+def load(dataset, data_dir="data", seed=42, max_history=20, device="cpu"):
     """Load `toy`, a built-in dataset (downloaded if missing), or a user's own folder
-    or table -> Data. Raises DataError."""
+    or table -> Data with its parts. Raises DataError."""
     path = Path(dataset)
-    if dataset == "toy":
-        return toy(seed)
     if dataset in DATASETS:
         path = download(dataset, data_dir)
-    if path.is_dir():
-        return read_folder(path)
-    if path.is_file() and path.suffix in (".csv", ".tsv", ".inter"):
-        return read_interactions(path)
-    raise DataError(f"unknown dataset {dataset!r}: choose toy, {', '.join(DATASETS)}, "
-                    "a folder Name with Name.inter.json and Name.item.json, or a table "
-                    ".csv, .tsv or .inter")
+    if dataset == "toy":
+        data = toy(seed)
+    elif path.is_dir():
+        data = read_folder(path)
+    elif path.is_file() and path.suffix in (".csv", ".tsv", ".inter"):
+        data = read_interactions(path)
+    else:
+        raise DataError(f"unknown dataset {dataset!r}: choose toy, {', '.join(DATASETS)}, "
+                        "a folder Name with Name.inter.json and Name.item.json, or a "
+                        "table .csv, .tsv or .inter")
+    return data._replace(parts=split(data, max_history, device))
 
 
 def bundle(name, titles, texts, sequences, ids=None, liked=None):
@@ -227,6 +234,7 @@ def bundle(name, titles, texts, sequences, ids=None, liked=None):
     offsets = lengths.cumsum(0)
     key = git_blob_id(json.dumps([texts, ids]).encode() + items.numpy().tobytes()
                       + offsets.numpy().tobytes())
+    ids = ids or list(range(len(texts)))
     return Data(name, titles, texts, items, offsets, ids, liked, key)
 
 
@@ -390,8 +398,10 @@ def toy(seed=42, n_users=2000, n_items=600, n_categories=15, n_brands=20):
 
 
 def check_size(data, max_history, k, pool=512):
-    """Raises DataError where a pool may hold fewer than k items that a user has not
-    clicked."""
+    """Raises DataError where there are fewer items than a list has, or where a pool may
+    hold fewer than k items that a user has not clicked."""
+    if data.n_items < 20:
+        raise DataError(f"{data.name} has {data.n_items} items; at least 20 are needed")
     pool = min(pool, data.n_items)
     longest = min(max_history, int(data.offsets.diff().max()))
     if pool - longest - 1 < k:
@@ -414,16 +424,18 @@ class Examples(NamedTuple):
     def length(self):
         return self.end - self.start
 
-    def target(self, rows):
-        """The item after each history: (B,)."""
-        return self.items[self.end[rows].to(self.items.device)]
+    @property
+    def on_cpu(self):
+        return self.items.device.type == "cpu"
 
-    def batch(self, rows, width=None):
-        """Histories (B, T), padded on the right to `width` or to the longest of them,
-        and targets (B,), or (B, T) where every item has one."""
+    def batch(self, rows):
+        """Histories (B, T), padded on the right to the longest of them, or, on a GPU,
+        which wants one shape, of all; and targets (B,), or (B, T) where every item has
+        one."""
         start = self.start[rows][:, None]
         end = self.end[rows][:, None]
-        position = start + torch.arange(width or int((end - start).max()))  # (B, T)
+        lengths = self.length[rows] if self.on_cpu else self.length
+        position = start + torch.arange(int(lengths.max()))                 # (B, T)
         padding = len(self.items) - 1
         history = torch.where(position < end, position, padding)
         following = end[:, 0]
@@ -436,33 +448,30 @@ class Examples(NamedTuple):
 def split(data, max_history=20, device="cpu"):
     """Leave-one-out: a user's last item is the test target, the one before it the
     validation target, each earlier one but the first a training target, after the last
-    `max_history` items before it. -> {"train", "valid", "test": Examples}; those of
-    "valid" and "test" are in the order of the users."""
+    `max_history` items before it. -> {"train", "valid", "test", "windows": Examples};
+    those of "valid" and "test" are in the order of the users. "windows" are the
+    training targets once more, each once, in as few rows: a user's training sequence,
+    cut from its end on into windows of `max_history` items."""
     first = data.offsets[data.user]                 # (interactions,) of the same user
     position = torch.arange(len(data.items))
     after = data.offsets[data.user + 1] - 1 - position      # how many items follow
-    ends = {"train": position[(position > first) & (after > 1)],
+    train = (position > first) & (after > 1)
+    ends = {"train": position[train],
             "valid": position[after == 1],
-            "test": position[after == 0]}
+            "test": position[after == 0],
+            "windows": position[train & ((after - 2) % max_history == 0)]}
 
     items = F.pad(data.items, (0, 1), value=data.n_items).to(device)
-    return {part: Examples(items, torch.maximum(first[end], end - max_history), end)
+    return {part: Examples(items, torch.maximum(first[end], end - max_history), end,
+                           every=part == "windows")
             for part, end in ends.items()}
 
 
-def windows(data, length=20, device="cpu"):
-    """The training targets once more, each once, in as few rows: each user's training
-    sequence, cut from its end on into windows of `length` items -> Examples."""
-    pairs = split(data, length, device)["train"]
-    last = data.offsets[data.user[pairs.end] + 1] - 3       # the user's last target
-    row = (last - pairs.end) % length == 0
-    return Examples(pairs.items, pairs.start[row], pairs.end[row], every=True)
-
-
-def batches(lengths, batch, seed, alike):
+def batches(examples, batch, seed):
     """Rows of batches, without end: each row once a pass, always `batch` of them; what
-    is left over opens the next pass. alike: histories of like length together, so that
-    little is padded."""
+    is left over opens the next pass. On a CPU histories of like length come together,
+    so that little is padded."""
+    lengths = examples.length
     generator = torch.Generator().manual_seed(seed)
     left = torch.arange(0)
     while True:
@@ -470,7 +479,7 @@ def batches(lengths, batch, seed, alike):
         full = len(rows) // batch * batch               # as many as fill whole batches
         left = rows[full:]
         rows = rows[:full]
-        if alike:
+        if examples.on_cpu:
             rows = rows[torch.argsort(lengths[rows], stable=True)]
         chunks = rows.split(batch)
         for i in torch.randperm(len(chunks), generator=generator).tolist():
@@ -565,7 +574,9 @@ def components(left, scale, dim):
 
 def read_vectors(path, n_items):
     """A user's own item vectors (N, d) from a .npy file, rows by item id, scaled to
-    mean square 1. Raises DataError."""
+    mean square 1; None where no file is named. Raises DataError."""
+    if not path:
+        return None
     try:
         vectors = np.asarray(np.load(path, allow_pickle=False), np.float64)
     except Exception as error:      # numpy fails in many ways on what is no such file
@@ -605,6 +616,20 @@ def read_codes(path, n_items):
     return torch.tensor(rows)
 
 
+def unique_paths(codes):
+    """Append a code that counts the items of equal codes, where there are such: (N, L)
+    -> (N, L + 1) (TIGER). Items with the codes (3, 1), (3, 1), (0, 2) get (3, 1, 0),
+    (3, 1, 1), (0, 2, 0)."""
+    twins = collections.Counter()
+    count = []
+    for row in map(tuple, codes.tolist()):
+        count.append(twins[row])
+        twins[row] += 1
+    if any(count):
+        codes = torch.cat([codes, torch.tensor(count)[:, None]], 1)
+    return codes
+
+
 def semantic_levels(codes):
     """How many leading levels of codes (N, L) carry meaning: all, or all but a last
     one that only tells twins apart, however it is numbered: one that has no more codes
@@ -636,14 +661,6 @@ def code_figures(codes, size=None):
 
 # ------------------------------------------------------------------------------ metrics
 
-def top(scores, k):
-    """The k best items by scores (B, N), best first: ids (B, k), filled up with N
-    where N < k."""
-    n_items = scores.shape[1]
-    best = scores.topk(min(k, n_items)).indices
-    return F.pad(best, (0, k - best.shape[1]), value=n_items)
-
-
 def ranking_metrics(recommended, target):
     """R@k, the share of users whose next item is among the first k, and N@k, the mean
     of 1 / log2(1 + rank). recommended (U, W) ids, best first; target (U,)."""
@@ -654,27 +671,28 @@ def ranking_metrics(recommended, target):
     return {**recall, **ndcg}
 
 
+def tested(top, data):
+    """What test lists (U, W) of items, best first, reached -> the table's metrics; the
+    lists; and whether each user's item is among the first 10 (U,)."""
+    target = data.items[data.offsets[1:] - 1]
+    metrics = ranking_metrics(top, target)
+    if data.liked is not None:
+        metrics["liked"] = liked_unseen(top, data)
+    return {"test": metrics, "top": top, "hit": (top[:, :10] == target[:, None]).any(1)}
+
+
 def popularity(data):
     """How often each item stands in the training sequences: (N,)."""
     training = torch.arange(len(data.items)) < data.offsets[data.user + 1] - 2
     return torch.bincount(data.items[training], minlength=data.n_items)
 
 
-def popular(data):
-    """The table's first row: the most popular items, to every user."""
-    items = top(popularity(data)[None], 20).expand(data.n_users, -1)
-    test = ranking_metrics(items, data.items[data.offsets[1:] - 1])
-    if data.liked is not None:
-        test["liked"] = liked_unseen(items, data)
-    return {"test": test, "top": items}
-
-
 def liked_unseen(recommended, data):
     """How many items of a top 10 a user truly likes and never clicked, on average (the
-    toy world alone). recommended (U, W), N where there is none."""
-    wanted = F.pad(data.liked, (0, 1))
+    toy world alone). recommended (U, W)."""
+    wanted = data.liked.clone()
     wanted[data.user, data.items] = False
-    return wanted.gather(1, recommended[:, :10].long()).sum(1).double().mean().item()
+    return wanted.gather(1, recommended[:, :10]).sum(1).double().mean().item()
 
 
 def diversity(recommended, data):
@@ -682,7 +700,7 @@ def diversity(recommended, data):
     coverage: the share of the catalogue that anybody is recommended; KL, in nats, and
     std: of how often items are recommended, against equally often; rank: the mean
     popularity rank, 1 the most popular."""
-    count = torch.bincount(recommended.flatten(), minlength=data.n_items + 1)[:-1]
+    count = torch.bincount(recommended.flatten(), minlength=data.n_items)
     share = count.double() / count.sum()
     rank = 1 + popularity(data).argsort(descending=True, stable=True).argsort()
     relative = share * data.n_items             # 1 for each where all are equally often
@@ -706,11 +724,8 @@ def paired_difference(found, label, other):
     """Test R@10 of one row less that of another, and its standard error: the users are
     the same, so it is smaller than that of each. Where there are several seeds, a
     user's mean over them counts."""
-    differences = []
-    for results, target in found:
-        hit = {name: (results[name]["top"][:, :10] == target[:, None]).any(1).double()
-               for name in (label, other)}
-        differences.append(hit[label] - hit[other])
+    differences = [results[label]["hit"].double() - results[other]["hit"].double()
+                   for results in found]
     difference = torch.stack(differences).mean(0)                           # (U,)
     spread = difference.std(correction=min(1, len(difference) - 1))
     error = spread / len(difference) ** 0.5
@@ -719,10 +734,9 @@ def paired_difference(found, label, other):
 
 def results_table(found):
     """The test metrics of each row, its R@10 less SFT's with the paired standard
-    error, and in words what that says. found: of each seed {label: result} and the
-    users' test items (U,)."""
+    error, and in words what that says. found: of each seed {label: result}."""
     # One column for each metric; the toy world has one more.
-    results, _ = found[0]
+    results = found[0]
     columns = [name for name in ("R@5", "R@10", "N@5", "N@10", "liked")
                if name in results["SFT"]["test"]]
     seeds = f", {len(found)} seeds" if len(found) > 1 else ""
@@ -732,27 +746,25 @@ def results_table(found):
     # One row for each method: its mean over the seeds, and, of several, their spread.
     for label in results:
         values = []
-        for of_seed, _ in found:
+        for of_seed in found:
             result = of_seed[label]
             test = [result["test"][name] for name in columns]
-            valid = result.get("valid", {}).get("N@10", math.nan)
-            values.append([*test, valid, result.get("seconds", math.nan)])
+            values.append([*test, result["valid"]["N@10"], result["seconds"]])
         *mean, seconds = np.mean(values, 0)
         difference = ""
-        if label not in ("popular", "SFT"):
+        if label != "SFT":
             difference = "{:+.4f} ± {:.4f}".format(
                 *paired_difference(found, label, "SFT"))
         rows.append([label, *(f"{x:.4f}" for x in mean), difference, f"{seconds:,.0f}"])
         if seeds:
             *spread, _ = np.std(values, 0, ddof=1)
             rows.append(["  ± std", *(f"{x:.4f}" for x in spread), "", ""])
-    table = aligned(rows).replace(" nan", "    ")       # where a row has no such number
 
     # What does it say? Two standard errors count as a difference.
     lines = []
-    for label in list(results)[3:]:
+    for label in list(results)[2:]:
         says = []
-        for other in ("SFT", "then sft", "only sft"):
+        for other in ("SFT", "then sft"):
             if other in results and other != label:
                 mean, error = paired_difference(found, label, other)
                 word = "level with"
@@ -760,14 +772,15 @@ def results_table(found):
                     word = "above" if mean > 0 else "below"
                 says.append(f"{word} {other} ({mean:+.4f} ± {error:.4f})")
         lines.append(f"{label} is {' and '.join(says)} in R@10")
-    return table + "\n\n" + "\n".join(lines)
+    return aligned(rows) + "\n\n" + "\n".join(lines)
 
 
 def report(path, result):
     """Add a line to results.jsonl: what a training reached, by which settings."""
     if "test" in result:
-        add_line(path, {name: result[name] for name in
-                        ("label", "test", "valid", "seconds", "config")})
+        names = ("label", "test", "valid", "seconds", "config")
+        with open(path, "a") as file:
+            file.write(json.dumps({name: result[name] for name in names}) + "\n")
 
 
 def balance(before, now):
@@ -792,7 +805,7 @@ def figures(data):
 def case_study(data, user, results, before, after):
     """Eq. 7 in numbers for a user, then the lists of SFT and of the last result (Fig.
     4). before, after: what the loss was made of, (1, P) each."""
-    titles = [title[:42] for title in data.titles] + ["-"]
+    titles = [title[:42] for title in data.titles]
     *earlier, clicked = data.items[data.offsets[user]:data.offsets[user + 1]].tolist()
     lines = [f"\nuser {user} clicked", *(f"   {titles[item]}" for item in earlier[-5:]),
              f"=> {titles[clicked]}", ""]
@@ -822,7 +835,7 @@ def diversity_table(results, data):
     """`diversity` of each row's test lists."""
     rows = []
     for label, result in results.items():
-        found = diversity(result["top"][:, :10].long(), data)
+        found = diversity(result["top"][:, :10], data)
         rows.append([label, *(f"{x:.4g}" for x in found.values())])
     return aligned([["top 10", *found], *rows])
 

@@ -34,8 +34,6 @@ paper is silent, or where measuring spoke for another one.
 Left out: pretrained language models (text becomes vectors by TF-IDF; --item-vectors brings your
 own), the search for hyper-parameters, and serving.
 """
-from __future__ import annotations
-
 import argparse
 import copy
 import dataclasses
@@ -48,12 +46,11 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import data as datasets
@@ -62,17 +59,21 @@ from data import DataError
 
 # =============================================== 1. codes: an item becomes a short path
 
+def nearest(points, centres):
+    """The index of the nearest of some centres (k, d) to each of points (n, d): (n,)."""
+    return torch.cdist(points, centres).argmin(1)
+
+
 @torch.no_grad()
 def kmeans(points, k, iterations=20):
-    """Lloyd's algorithm: centres (k, d) of points (n, d). An empty cluster moves to a
-    random point."""
+    """Lloyd's algorithm: centres (k, d) of points (n, d). That of an empty cluster
+    stays."""
     centres = points[torch.randint(len(points), (k,), device=points.device)]
     for _ in range(iterations):
-        nearest = torch.cdist(points, centres).argmin(1)                # (n,)
-        count = torch.bincount(nearest, minlength=k)[:, None]
-        total = torch.zeros_like(centres).index_add_(0, nearest, points)
-        elsewhere = points[torch.randint(len(points), (k,), device=points.device)]
-        centres = torch.where(count > 0, total / count.clamp(min=1), elsewhere)
+        own = nearest(points, centres)                                  # (n,)
+        count = torch.bincount(own, minlength=k)[:, None]
+        total = torch.zeros_like(centres).index_add_(0, own, points)
+        centres = torch.where(count > 0, total / count.clamp(min=1), centres)
     return centres
 
 
@@ -91,31 +92,30 @@ class ResidualQuantiser(nn.Module):
         level."""
         for codebook in self.codebooks:
             codebook.copy_(kmeans(x, len(codebook)))
-            x = x - codebook[torch.cdist(x, codebook).argmin(1)]
+            x = x - codebook[nearest(x, codebook)]
 
     @torch.no_grad()
     def restart_dead_codes(self, x):
         """Move each code that no row of x (n, d) uses to the residual of a random
         row."""
-        codes, _, _, residuals = self(x)
-        for codebook, code, residual in zip(self.codebooks, codes.T, residuals):
+        for codebook in self.codebooks:
+            code = nearest(x, codebook)                                 # (n,)
             dead = torch.bincount(code, minlength=len(codebook)) == 0   # (C,)
-            elsewhere = residual[torch.randint(len(x), dead.shape, device=x.device)]
+            elsewhere = x[torch.randint(len(x), dead.shape, device=x.device)]
+            x = x - codebook[code]
             codebook[dead] = elsewhere[dead]
 
     def forward(self, x):
         """x (B, d) -> codes (B, L); the sum of the chosen code vectors (B, d), whose
-        gradient goes straight to x; the codebook and commitment losses, a scalar; and
-        the residuals (L, B, d)."""
+        gradient goes straight to x; the codebook and commitment losses, a scalar."""
         residual = x
         value = torch.zeros_like(x)
         loss = 0.0
-        codes, residuals = [], []
+        codes = []
         for codebook in self.codebooks:
-            code = torch.cdist(residual.detach(), codebook.detach()).argmin(1)  # (B,)
+            code = nearest(residual.detach(), codebook.detach())        # (B,)
             chosen = codebook[code]                                     # (B, d)
             codes.append(code)
-            residuals.append(residual)
 
             # The code moves to what it stands for, the encoder stays near its code.
             loss = loss + F.mse_loss(chosen, residual.detach())
@@ -126,7 +126,7 @@ class ResidualQuantiser(nn.Module):
             # would end at the first level.)
             residual = residual - chosen.detach()
             value = value + chosen
-        return torch.stack(codes, 1), x + (value - x).detach(), loss, torch.stack(residuals)
+        return torch.stack(codes, 1), x + (value - x).detach(), loss
 
 
 def mlp(*widths):
@@ -150,7 +150,7 @@ class RQVAE(nn.Module):
     def forward(self, x):
         """x (B, d_in) -> reconstruction and quantisation loss, a scalar; the quantised
         latent vectors (B, dim); codes (B, L)."""
-        codes, value, loss, _ = self.quantiser(self.encoder(x))
+        codes, value, loss = self.quantiser(self.encoder(x))
         return F.mse_loss(self.decoder(value), x) + loss, value, codes
 
 
@@ -161,17 +161,17 @@ def alignment_loss(value, collaborative):
     return F.cross_entropy(value @ collaborative.T, own)
 
 
-def diversity_loss(codebook, cluster, codes):
-    """LETTER's diversity: draws each chosen code to a random other one of its cluster
-    and drives it off all others, so that codes are used evenly. codebook (C, d),
-    cluster (C,), codes (B,) -> scalar."""
-    own = F.one_hot(codes, len(codebook)).bool()                        # (B, C)
-    partner = (cluster[codes][:, None] == cluster) & ~own               # (B, C)
-    noise = torch.rand(own.shape, device=own.device)
-    chosen = noise.masked_fill(~partner, -1).argmax(1)
-    chosen = chosen.masked_fill(~partner.any(1), -100)                   # alone: left out
-    logits = (codebook[codes] @ codebook.T).masked_fill(own, -torch.inf)
-    return F.cross_entropy(logits, chosen, reduction="sum") / len(codes)
+def diversity_loss(codebook, codes):
+    """LETTER's diversity: draws each chosen code to the others of its cluster of the
+    codebook, and drives it off all codes beyond, so that codes are used evenly. [ours]:
+    all others of the cluster, where LETTER draws one; k-means, where its clusters are
+    of equal size. codebook (C, d), codes (B,) -> scalar."""
+    fixed = codebook.detach()
+    cluster = nearest(fixed, kmeans(fixed, 10))                         # (C,)
+    own = F.one_hot(codes, len(codebook))                               # (B, C)
+    others = (cluster[codes][:, None] == cluster).float() - own         # (B, C)
+    logits = codebook[codes] @ codebook.T - 1e9 * own
+    return F.cross_entropy(logits, others / others.sum(1, keepdim=True).clamp(min=1))
 
 
 def train_codes(vectors, levels, size, epochs, collaborative=None, alignment=0.1, diversity=1e-4,
@@ -183,45 +183,25 @@ def train_codes(vectors, levels, size, epochs, collaborative=None, alignment=0.1
     quantiser = model.quantiser
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     annealing = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs)
-    with torch.no_grad():
-        quantiser.initialise(model.encoder(vectors))
+    quantiser.initialise(model.encoder(vectors))
 
     for epoch in tqdm(range(epochs), "codes", disable=None, leave=False):
-        # Some fifteen times unused codes move to where items are, at last they rest.
-        if epoch % max(epochs // 15, 1) == 0:
-            if 0 < epoch < 0.8 * epochs:
-                with torch.no_grad():
-                    quantiser.restart_dead_codes(model.encoder(vectors))
-            clusters = []               # of the codes; LETTER makes them of equal size
-            for codebook in quantiser.codebooks.detach():
-                clusters.append(torch.cdist(codebook, kmeans(codebook, 10)).argmin(1))
-
         for rows in torch.randperm(len(vectors), device=vectors.device).split(batch):
             loss, value, codes = model(vectors[rows])
             if collaborative is not None:
                 loss = loss + alignment * alignment_loss(value, collaborative[rows])
-                for codebook, cluster, code in zip(quantiser.codebooks, clusters, codes.T):
-                    loss = loss + diversity / levels * diversity_loss(codebook, cluster, code)
+                for codebook, code in zip(quantiser.codebooks, codes.T):
+                    loss = loss + diversity / levels * diversity_loss(codebook, code)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             optimiser.zero_grad()
         annealing.step()
 
-    with torch.no_grad():
-        return model(vectors)[2]
-
-
-def unique_paths(codes):
-    """Append a code that counts the items of equal codes: (N, L) -> (N, L + 1) (TIGER).
-    Items with the codes (3, 1), (3, 1), (0, 2) get (3, 1, 0), (3, 1, 1), (0, 2, 0)."""
-    _, group = torch.unique(codes, dim=0, return_inverse=True)          # (N,)
-    order = torch.argsort(group, stable=True)  # twins side by side, in the order of their ids
-    size = torch.bincount(group)
-    first = size.cumsum(0) - size                  # where each group begins in that order
-    count = torch.empty_like(group)
-    count[order] = torch.arange(len(group)) - first[group[order]]
-    return torch.cat([codes, count[:, None]], 1)
+        # Now and then unused codes move to where items are; at last they rest.
+        if epoch % 16 == 15 and epoch < 0.8 * epochs:
+            quantiser.restart_dead_codes(model.encoder(vectors))
+    return model(vectors)[2]
 
 
 # =========================== 2. SASRec: the collaborative model, which scores each item
@@ -288,14 +268,13 @@ class Dropout(nn.Module):
     def forward(self, x):
         if not self.training or self.p == 0 or x.device.type != "cpu":
             return F.dropout(x, self.p, self.training)
-        size = x.numel()
         places = 1 << 24
-        if len(self.strip) < places + size or self.strip.dtype != x.dtype:
+        if len(self.strip) < places + x.numel() or self.strip.dtype != x.dtype:
             # Of a fixed seed: a resumed run, or a longer strip, has the same masks.
-            noise = torch.rand(places + 2 * size, generator=torch.Generator().manual_seed(0))
+            noise = torch.rand(places + 2 * x.numel(), generator=torch.Generator().manual_seed(0))
             self.strip = (noise >= self.p).to(x.dtype) / (1 - self.p)
         start = int(torch.randint(places, ()))
-        return x * self.strip[start:start + size].view(x.shape)
+        return x * self.strip[start:start + x.numel()].view(x.shape)
 
 
 class RMSNorm(nn.Module):
@@ -310,11 +289,11 @@ class RMSNorm(nn.Module):
         return (x * scale.to(x.dtype)) * self.weight.to(x.dtype)
 
 
-def linear(d_in, d_out, std):
+def linear(d_in, d_out, std=None):
     """A linear layer without a bias, as all of T5's, its weights drawn from N(0,
-    std^2)."""
+    std^2), with std^2 = 1 / d_in unless said otherwise."""
     layer = nn.Linear(d_in, d_out, bias=False)
-    nn.init.normal_(layer.weight, std=std)
+    nn.init.normal_(layer.weight, std=std or d_in ** -0.5)
     return layer
 
 
@@ -326,8 +305,8 @@ class Attention(nn.Module):
         self.heads = heads
         self.dropout = dropout
         self.q = linear(d_model, heads * d_kv, (d_model * d_kv) ** -0.5)
-        self.kv = linear(d_model, 2 * heads * d_kv, d_model ** -0.5)
-        self.o = linear(heads * d_kv, d_model, (heads * d_kv) ** -0.5)
+        self.kv = linear(d_model, 2 * heads * d_kv)
+        self.o = linear(heads * d_kv, d_model)
 
     def keys_values(self, x):
         """x (B, S, d) -> keys and values, (B, H, S, d_kv) each."""
@@ -355,8 +334,8 @@ class Block(nn.Module):
         if decoder:
             self.cross = Attention(d_model, heads, d_kv, dropout)
             self.cross_norm = RMSNorm(d_model)
-        self.wi = linear(d_model, d_ff, d_model ** -0.5)
-        self.wo = linear(d_ff, d_model, d_ff ** -0.5)
+        self.wi = linear(d_model, d_ff)
+        self.wo = linear(d_ff, d_model)
         self.ff_norm = RMSNorm(d_model)
 
     def forward(self, x, bias, memory=None, past=None):
@@ -412,11 +391,11 @@ class T5(nn.Module):
         self.decoder = nn.ModuleList(Block(*size, decoder=True) for _ in range(layers))
         self.encoder_bias = nn.Embedding(32, heads)
         self.decoder_bias = nn.Embedding(32, heads)
-        nn.init.normal_(self.encoder_bias.weight, std=d_model ** -0.5)
-        nn.init.normal_(self.decoder_bias.weight, std=d_model ** -0.5)
+        for bias in (self.encoder_bias, self.decoder_bias):
+            nn.init.normal_(bias.weight, std=d_model ** -0.5)
         self.encoder_norm = RMSNorm(d_model)
         self.decoder_norm = RMSNorm(d_model)
-        self.flow_head = linear(d_model, 1, d_model ** -0.5)
+        self.flow_head = linear(d_model, 1)
         self.log_z = nn.Parameter(torch.zeros(()))  # the one Z of all users, with --z global
 
     def embed(self, tokens):
@@ -446,14 +425,14 @@ class T5(nn.Module):
         """Tokens (B, P, S) of P paths of each history, 0 first -> states (B, P, S, d),
         a cache. State l is s_l: it has read the codes y_1 .. y_l and predicts y_{l+1}.
         past: the cache of earlier steps; then S counts the new ones."""
-        past = past or [None] * len(memory)
-        before = past[0][0].shape[2] if past[0] else 0
+        before = past[0][0].shape[2] if past else 0
         position = torch.arange(before + tokens.shape[2], device=tokens.device)
         distance = position - position[before:, None]                   # (S, S')
         x = self.embed(tokens.flatten(0, 1))                            # (B * P, S, d)
         bias = self.decoder_bias(relative_buckets(distance, two_sided=False)).permute(2, 0, 1)
         bias = bias.masked_fill(distance > 0, -torch.inf).to(x.dtype)   # (H, S, S')
         cache = []
+        past = past or [None] * len(memory)
         for block, block_memory, block_past in zip(self.decoder, memory, past):
             x, keys_values = block(x, bias, block_memory, block_past)
             cache.append(keys_values)
@@ -470,13 +449,13 @@ class T5(nn.Module):
 # ================= 4. a policy on a tree: its probabilities, its flows, its best leaves
 
 class Trie:
-    """The catalogue as a tree of codes, in O(N) memory. Its nodes are numbered level by
-    level from the root, 0, so that the children of a node are neighbours. For the items
-    (0, 1), (0, 2) and (3, 1), where "2 (3)" is node 2, to which code 3 leads:
+    """The catalogue as a tree of codes, in O(N) memory. A level's nodes are numbered so
+    that the children of a node are neighbours. For the items (0, 1), (0, 2) and (3, 1),
+    where "1 (3)" is node 1, to which code 3 leads:
 
-        0 --+-- 1 (0) --+-- 3 (1)  item 0     path = [[0, 1, 3], [0, 1, 4], [0, 2, 5]]
-            |           +-- 4 (2)  item 1     code = [-, 0, 3, 1, 2, 1]
-            +-- 2 (3) ----- 5 (1)  item 2     first_child = [1, 3, 5], n_children = [2, 2, 1]
+        0 --+-- 0 (0) --+-- 0 (1)  item 0     path = [[0, 0, 0], [0, 0, 1], [0, 1, 2]]
+            |           +-- 1 (2)  item 1     code = [0, 3], [1, 2, 1]
+            +-- 1 (3) ----- 2 (1)  item 2     first_child = [0], [0, 2]; n_children = [2], [2, 1]
     """
 
     def __init__(self, codes, semantic=None, all_codes=False):
@@ -486,33 +465,32 @@ class Trie:
         n_codes = int(codes.max()) + 1
         tokens = 1 + codes + n_codes * torch.arange(codes.shape[1], device=codes.device)
         self.codes = codes
+        self.n_codes = n_codes
         self.tokens = F.pad(tokens, (0, 0, 0, 1))  # (N + 1, L), the generator's; 0 for the padding
-        self.semantic = semantic or codes.shape[1]
+        self.semantic = codes[:, :semantic]             # (N, L) or (N, L - 1)
         self.all_codes = all_codes
 
+        # Of each level: the code of its nodes, and where their children are in the next.
+        self.code = []
+        self.first_child = []
+        self.n_children = []
+        self.width = []                         # the most children of any node
         node = torch.zeros_like(codes[:, 0])     # (N,) where each item's path has come to
-        start, count = 0, 1               # this level's nodes: start .. start + count - 1
-        path, code, first_child, n_children = [node], [node[:1]], [], []
-        self.width = []                         # the most children of any node of a level
+        path, leaves = [node], []
         for column in codes.T:
-            key = (node - start) * n_codes + column                     # (parent, code)
-            key, child = torch.unique(key, return_inverse=True)        # sorted: by parent
-            children = torch.bincount(key // n_codes, minlength=count)
-            first_child.append(start + count + children.cumsum(0) - children)
-            n_children.append(children)
-            code.append(key % n_codes)
+            leaves.append(torch.bincount(node)[node])           # (N,) the items below
+            key = node * n_codes + column                               # (parent, code)
+            key, node = torch.unique(key, return_inverse=True)         # sorted: by parent
+            children = torch.bincount(key // n_codes)
+            self.code.append(key % n_codes)
+            self.first_child.append(children.cumsum(0) - children)
+            self.n_children.append(children)
             self.width.append(int(children.max()))
-            start = start + count
-            count = len(key)
-            node = start + child
             path.append(node)
-        if count != len(codes):
-            raise ValueError(f"{len(codes)} items have only {count} different paths of codes")
+        if len(key) != len(codes):
+            raise ValueError(f"{len(codes)} items have only {len(key)} different paths of codes")
         self.path = torch.stack(path, 1)     # (N, L + 1) nodes from the root to each item
-        self.code = torch.cat(code)                                     # (nodes,)
-        self.first_child = torch.cat(first_child)                       # (inner nodes,)
-        self.n_children = torch.cat(n_children)                         # (inner nodes,)
-        self.log_leaves = torch.bincount(self.path.flatten()).log()  # (nodes,) of the items below
+        self.log_leaves = torch.stack(leaves, 1).log()    # (N, L) of the items below each
         self.leaf_item = torch.argsort(node)                  # (N,) the item of each leaf
 
     def log_probs(self, logits, node, level):
@@ -521,12 +499,13 @@ class Trie:
         codes that lead to an item, so that the probabilities of all items sum to one
         and the optimum of TB is p = R / Z; all_codes: over all C."""
         slot = torch.arange(self.width[level], device=node.device)
-        real = slot < self.n_children[node][..., None]                  # (.., width)
-        child = self.first_child[node][..., None] + slot * real
+        real = slot < self.n_children[level][node][..., None]           # (.., width)
+        child = self.first_child[level][node][..., None] + slot * real
         logits = logits.float()
         if self.all_codes:
             logits = logits.log_softmax(-1)
-        log_probs = logits.gather(-1, self.code[child]).masked_fill(~real, -torch.inf)
+        codes = self.code[level][child]
+        log_probs = logits.gather(-1, codes).masked_fill(~real, -torch.inf)
         if not self.all_codes:
             log_probs = log_probs.log_softmax(-1)
         return child, log_probs
@@ -548,7 +527,7 @@ def path_log_probs(policy, trie, history, items):
 
     # F(s) is the reward of all items below s: their number times their mean R, which is
     # near 1. So log F starts at the log of their number, and the head learns the rest.
-    log_flow = policy.flow_head(states)[..., 0].float() + trie.log_leaves[path[..., :-1]]
+    log_flow = policy.flow_head(states)[..., 0].float() + trie.log_leaves[items]
     return torch.cat(log_pf, -1), log_flow
 
 
@@ -562,8 +541,7 @@ def gumbel_like(x):
 def beam_search(policy, trie, history, width=20):
     """The likeliest items that `width` beams find, best first, and their log p: (B,
     width) each. All beams walk along the trie, so each ends at an item, and no two at
-    the same. Where the catalogue has fewer items than beams, a row ends with N at
-    -inf."""
+    the same. The catalogue has at least as many items."""
     memory = policy.encode(trie.tokens[history])
     node = token = history.new_zeros(len(history), 1)                   # (B, W): the root
     log_p = torch.zeros_like(node, dtype=torch.float)
@@ -577,34 +555,30 @@ def beam_search(policy, trie, history, width=20):
         total = (log_p[..., None] + log_probs).flatten(1)              # (B, W * children)
         log_p, best = total.topk(min(width, total.shape[1]))
         node = child.flatten(1).gather(1, best)
-        token = 1 + level * policy.n_codes + trie.code[node]
+        token = 1 + level * policy.n_codes + trie.code[level][node]
 
         # Each goes on from the keys and values of the beam that it comes from.
-        beam = torch.arange(child[..., 0].numel(), device=node.device).view(len(history), -1)
-        beam = beam.gather(1, best // child.shape[-1]).flatten()
+        first = torch.arange(len(history), device=node.device)[:, None] * child.shape[1]
+        beam = (first + best // child.shape[2]).flatten()
         past = [(keys[beam], values[beam]) for keys, values in past]
 
-    items = trie.leaf_item[node - len(trie.first_child)]    # leaves come after inner nodes
-    items = items.masked_fill(log_p == -torch.inf, len(trie.codes))
-    missing = (0, width - items.shape[1])
-    return F.pad(items, missing, value=len(trie.codes)), F.pad(log_p, missing, value=-torch.inf)
+    return trie.leaf_item[node], log_p
 
 
 @torch.no_grad()
 def draw_items(policy, trie, history, n):
     """n items (B, n) for each history, drawn from the policy code by code."""
     memory = policy.encode(trie.tokens[history])
-    node = history.new_zeros(len(history), n)                           # (B, n): the root
-    tokens = node[..., None]
+    node = token = history.new_zeros(len(history), n)                   # (B, n): the root
+    past = None
     for level in range(policy.levels):
-        states, _ = policy.decode(tokens, memory)                   # (B, n, level + 1, d)
-        logits = policy.code_logits(states[..., -1, :], level)
+        state, past = policy.decode(token[..., None], memory, past)     # (B, n, 1, d)
+        logits = policy.code_logits(state[..., 0, :], level)
         child, log_probs = trie.log_probs(logits, node, level)          # (B, n, children)
         slot = (log_probs + gumbel_like(log_probs)).argmax(-1, keepdim=True)
-        node = child.gather(-1, slot)                                   # (B, n, 1)
-        tokens = torch.cat([tokens, 1 + level * policy.n_codes + trie.code[node]], -1)
-        node = node[..., 0]
-    return trie.leaf_item[node - len(trie.first_child)]
+        node = child.gather(-1, slot)[..., 0]
+        token = 1 + level * policy.n_codes + trie.code[level][node]
+    return trie.leaf_item[node]
 
 
 # ============================== 5. GFlowGR: which paths, what they are worth, balance
@@ -615,8 +589,7 @@ def curriculum_sample(scores, history, clicked, k, beta, pool=512):
     (B, k). [ours]: the draw, without replacement from softmax(beta * z), z being the
     standardised score, out of a pool of random items that the batch shares."""
     ids = torch.randperm(scores.shape[1], device=scores.device)[:pool]  # (N',)
-    z = scores[:, ids]
-    z = (z - z.mean(1, keepdim=True)) / z.std(1, keepdim=True).clamp(min=1e-6)
+    z = F.layer_norm(scores[:, ids], ids.shape)                         # (B, N')
     known = torch.cat([history, clicked[:, None]], 1)                   # (B, T + 1)
     taken = (ids[:, None] == known[:, None]).any(-1)                    # (B, N')
     preference = (beta * z + gumbel_like(z)).masked_fill(taken, -torch.inf)
@@ -687,18 +660,16 @@ def gflowgr_loss(policy, teacher, trie, history, clicked, beta, k=4, lam=0.01,
         items = torch.cat([clicked[:, None], augmented], 1)            # (B, P), P = 1 + K
 
         # What is each worth (3.2), and how far do the signals agree (Eq. 8)?
-        codes = trie.codes[:, :trie.semantic]
         r_aug = (items == clicked[:, None]).float()                     # (B, P)
         r_cs = collaborative_score(scores).gather(1, items)             # (B, P)
-        r_sim = code_similarity(codes[items], codes[clicked])           # (B, P)
+        r_sim = code_similarity(trie.semantic[items], trie.semantic[clicked])  # (B, P)
         r = reward(r_aug, r_cs, r_sim, parts)                           # (B, P)
         w = confidence(r_aug, r_cs) if weigh else torch.ones_like(r)    # (B, P)
 
     # How likely is each step to the policy, and what flow does it see at each state?
     log_pf, log_flow = path_log_probs(policy, trie, history, items)     # (B, P, L) each
     if global_z:
-        log_z = policy.log_z + trie.log_leaves[0]
-        log_flow = torch.cat([log_z.expand_as(log_flow[..., :1]), log_flow[..., 1:]], -1)
+        log_flow[..., 0] = policy.log_z + math.log(len(trie.codes))
 
     # Balance: for each path, its probability times all the flow should be its reward.
     loss_gfn = (w * balance(log_pf, log_flow, r.log())).sum(1)          # (B,)
@@ -712,11 +683,9 @@ def gflowgr_loss(policy, teacher, trie, history, clicked, beta, k=4, lam=0.01,
 def all_rewards(teacher, trie, history, clicked, parts="aug,cs,sim"):
     """R of every item (B, N). Their sum is the exact Z(x): here all leaves can be
     listed."""
-    items = torch.arange(len(trie.codes), device=history.device)
-    codes = trie.codes[:, :trie.semantic]
-    r_aug = (items == clicked[:, None]).float()
+    r_aug = F.one_hot(clicked, len(trie.codes)).float()
     r_cs = collaborative_score(teacher.scores(history))
-    return reward(r_aug, r_cs, code_similarity(codes[None], codes[clicked]), parts)
+    return reward(r_aug, r_cs, code_similarity(trie.semantic[None], trie.semantic[clicked]), parts)
 
 
 # =========================== 6. the other methods of the paper's Table 1, and a control
@@ -773,7 +742,7 @@ def ipa_loss(policy, old, reference, teacher, trie, history, clicked, lam=0.01):
     """IPA: SFT, and DPO of the item of best reward against that of worst, among those
     that a beam search of a recent policy finds. lam [ours]."""
     loss, _ = sft_loss(policy, trie, history, clicked)
-    items, _ = beam_search(old, trie, history, min(20, len(trie.codes)))  # (B, W)
+    items, _ = beam_search(old, trie, history)  # (B, W)
     rewards = all_rewards(teacher, trie, history, clicked).gather(1, items)
     order = items.gather(1, rewards.argsort(1, descending=True))
     preference = preference_loss(policy, reference, trie, history, order[:, 0], order[:, -1:])
@@ -792,8 +761,7 @@ def clipped_loss(log_p, log_old, log_ref, advantage, clip=0.2, kl=1e-3):
 
 def group_advantage(rewards):
     """GRPO's advantage: the standard score of a reward in its group. (B, P)."""
-    spread = rewards.std(1, correction=0, keepdim=True)
-    return (rewards - rewards.mean(1, keepdim=True)) / (spread + 1e-4)
+    return F.layer_norm(rewards, rewards.shape[1:], eps=1e-8)
 
 
 def policy_gradient_loss(policy, old, reference, teacher, trie, history, clicked, critic,
@@ -804,7 +772,7 @@ def policy_gradient_loss(policy, old, reference, teacher, trie, history, clicked
     rewards = all_rewards(teacher, trie, history, clicked).gather(1, drawn)
     policy.eval()                       # as in `path_log_p`
     log_pf, log_flow = path_log_probs(policy, trie, history, drawn)
-    error = rewards - (log_flow[..., 0] - trie.log_leaves[0])               # R - V(x)
+    error = rewards - (log_flow[..., 0] - math.log(len(trie.codes)))        # R - V(x)
     advantage = error.detach() if critic else group_advantage(rewards)
     log_old = path_log_p(old, trie, history, drawn).detach()
     log_ref = path_log_p(reference, trie, history, drawn).detach()
@@ -814,18 +782,25 @@ def policy_gradient_loss(policy, old, reference, teacher, trie, history, clicked
 
 def distillation_loss(policy, teacher, trie, history, clicked, share=0.1):
     """A control of ours: what does it bring to learn from SASRec without a flow
-    network? SFT on a mixture of the click and of items drawn from SASRec's softmax."""
+    network? SFT, in which one in ten targets is a draw from SASRec's softmax."""
     with torch.no_grad():
         scores = teacher.scores(history)
         drawn = (scores + gumbel_like(scores)).argmax(1)                # (B,)
-    log_pf, _ = path_log_probs(policy, trie, history, torch.stack([clicked, drawn], 1))
-    loss = sft(log_pf)                                                  # (B, 2)
-    return (1 - share) * loss[:, 0] + share * loss[:, 1], {}
+        other = torch.rand(drawn.shape, device=drawn.device) < share
+    return sft_loss(policy, trie, history, torch.where(other, drawn, clicked))
 
 
 # ============================================================ 7. settings, command line
 
-@dataclasses.dataclass(frozen=True)
+def has_bf16():
+    """Whether the GPU, or where there is none the CPU, multiplies in bf16."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(False)
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "bf16" in cpuinfo.read_text()
+
+
+@dataclasses.dataclass
 class Config:
     """All settings. [paper], [TIGER], [LETTER]: as those have it; [ours]: our choice. A
     comment after a setting is its --help; one before some is the stage whose key they
@@ -836,7 +811,7 @@ class Config:
     codes: str = ""                # a NAME.index.json; letter: LETTER's published codes
     # training
     max_history: int = 20          # items of a history that the models see [TIGER]
-    precision: str = "auto"        # of matrix products: auto, bf16, fp16 or fp32
+    precision: str = "bf16" if has_bf16() else "fp32"   # of matrix products; or fp16
     evaluations: int = 8           # validations of a training, by N@10 [ours]
     valid_users: int = 4000        # users of these validations [ours]
     # codes
@@ -861,7 +836,6 @@ class Config:
     # finetune
     finetune_epochs: float = 3.0   # passes of each fine-tuning [ours]
     finetune_lr: float = 0.003     # peak rate of the fine-tuning [ours]
-    from_scratch: bool = False     # no SFT before, but the length of both
     # gflownet
     k: int = 4                     # augmented paths beside the clicked one, K [ours]
     lam: float = 0.01              # lambda of Eq. 7 [ours]
@@ -874,8 +848,7 @@ class Config:
     seeds: str = "42"              # a run for each, as 42,43,44; then mean and deviation
     data_dir: str = "data"         # where the datasets lie
     runs_dir: str = "runs"         # where every stage's result is kept
-    device: str = "auto"           # auto: a GPU where there is one; cpu; cuda
-    fresh: bool = False            # do all stages again, whatever is kept of them
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"   # cpu or cuda
     show: int = 0                  # users to show Eq. 7 in numbers and both lists for
     diversity: bool = False        # how varied the lists are (Section 4.5)
 
@@ -883,8 +856,8 @@ class Config:
 TOY = dict(levels=2, codebook_size=32, d_model=64, d_kv=16, d_ff=256, layers=2, batch=64,
            sft_epochs=6.0, finetune_epochs=2.0, evaluations=4, valid_users=1000)
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-CHOICES = {"precision": ["auto", *TYPES], "backbone": ["tiger", "letter"],
-           "softmax": ["trie", "all"], "z": ["user", "global"], "device": ["auto", "cpu", "cuda"]}
+CHOICES = {"precision": TYPES, "backbone": ["tiger", "letter"], "softmax": ["trie", "all"],
+           "z": ["user", "global"], "device": ["cpu", "cuda"]}
 LISTS = {"loss": "sft,db,tb,dpo,sdpo,sprec,ipa,ppo,grpo,distil", "reward": "aug,cs,sim"}
 
 
@@ -901,35 +874,32 @@ def settings_by_stage():
 
 def command_line(argv=None):
     """The settings that flags name. Raises DataError where a value makes no sense."""
-    parser = argparse.ArgumentParser(
-        "gflowgr.py", usage="python gflowgr.py [--loss tb] [--dataset beauty] ..",
-        allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=110))
+    parser = argparse.ArgumentParser("gflowgr.py", allow_abbrev=False,
+                                     usage="python gflowgr.py [--loss tb] [--dataset beauty] ..")
     for stage, settings in settings_by_stage().items():
         group = parser.add_argument_group(stage)
         for name, text in settings.items():
             default = getattr(Config, name)
-            kind = dict(type=type(default), choices=CHOICES.get(name))
+            kind = dict(type=type(default), choices=CHOICES.get(name), metavar=f"{default}")
             if isinstance(default, bool):
                 kind = dict(action=argparse.BooleanOptionalAction)
-            group.add_argument("--" + name.replace("_", "-"), default=default,
-                               help=f"{text} (%(default)s)", **kind)
+            group.add_argument("--" + name.replace("_", "-"), default=default, help=text, **kind)
     if parser.parse_known_args(argv)[0].dataset == "toy":
         parser.set_defaults(**TOY)
     cfg = Config(**vars(parser.parse_args(argv)))
 
     if cfg.loss == "all":
-        cfg = dataclasses.replace(cfg, loss=LISTS["loss"])
+        cfg.loss = LISTS["loss"]
     for name, value in vars(cfg).items():
         wrong = name in LISTS and not set(value.split(",")) <= set(LISTS[name].split(","))
+        if name == "seeds":
+            wrong = not re.fullmatch(r"\d+(,\d+)*", value)
         if type(value) is int:
             wrong = value < (name not in ("k", "show"))
         if type(value) is float:
             wrong = not 0 <= value < (1 if name == "dropout" else math.inf)
         if wrong:
             raise DataError(f"--{name.replace('_', '-')} {value} makes no sense; see --help")
-    if not re.fullmatch(r"\d+(,\d+)*", cfg.seeds):
-        raise DataError(f"--seeds {cfg.seeds}: whole numbers are needed, as 42 or 42,43,44")
     return cfg
 
 
@@ -939,29 +909,15 @@ rank = int(os.environ.get("RANK", 0))              # torchrun tells each process
 world = int(os.environ.get("WORLD_SIZE", 1))
 
 
-def choose_device(cfg):
-    """The settings, with what `auto` stands for. Of several processes, as torchrun
-    starts them, each takes its own GPU and joins the others; all but the first fall
-    silent."""
-    device = cfg.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = cfg.precision
-    if precision == "auto":             # bf16 where the device multiplies in it
-        cpuinfo = Path("/proc/cpuinfo")
-        known = cpuinfo.read_text() if cpuinfo.exists() else ""
-        precision = "bf16" if re.search("avx512_bf16|amx_bf16", known) else "fp32"
-        if device == "cuda":
-            precision = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
-    if "cpu" in device and precision == "fp16":
-        raise DataError("--precision fp16 needs a GPU; use bf16 or fp32")
+def join_processes(device):
+    """Of several processes, as torchrun starts them, each takes its own GPU and joins
+    the others; all but the first fall silent."""
     if world > 1:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
-    return dataclasses.replace(cfg, device=device, precision=precision)
 
 
 def wait_for_all():
@@ -970,25 +926,30 @@ def wait_for_all():
         dist.barrier()
 
 
-class Step(nn.Module):
-    """A model, its loss, and the frozen policies that the loss asks, as one module: a
-    CPU calls it, a GPU records it as a graph, and its state is what a snapshot
-    keeps."""
+def mixed_precision(cfg, **options):
+    """A context in which matrix products have the precision of the settings."""
+    return torch.autocast(cfg.device, TYPES[cfg.precision], cfg.precision != "fp32", **options)
 
-    def __init__(self, model, loss_of, precision, **frozen):
+
+class Step(nn.Module):
+    """A model, its loss, and two frozen copies of the model that some losses ask: one
+    of its beginning, one of a while ago. As one module a CPU calls it, a GPU records it
+    as a graph, and a snapshot keeps it."""
+
+    def __init__(self, cfg, model, loss_of):
         super().__init__()
+        self.cfg = cfg
         self.model = model
         self.loss_of = loss_of
-        self.dtype = TYPES[precision]
-        self.frozen = nn.ModuleDict(frozen)
+        self.reference = copy.deepcopy(model).requires_grad_(False)
+        self.old = copy.deepcopy(self.reference)
 
     def forward(self, progress, *batch):
         """progress, from 0 to 1, and a batch -> the loss and means to log, all
         scalars."""
         self.model.train()              # the loss may have left it in eval mode
-        with torch.autocast(progress.device.type, self.dtype, self.dtype != torch.float32,
-                            cache_enabled=False):  # a graph would keep a weight's old cast
-            loss, seen = self.loss_of(*batch, progress)
+        with mixed_precision(self.cfg, cache_enabled=False):  # a graph would keep an old cast
+            loss, seen = self.loss_of(*batch, progress, self.old, self.reference)
         self.loss = loss.mean()
         return self.loss, {name: x.detach().float().mean() for name, x in seen.items()}
 
@@ -1006,146 +967,152 @@ def relative_adamw(model, lr):
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
 
 
-def schedule(step, steps):
-    """The rate's share of its peak: up over the first twentieth, then down half a
-    cosine."""
-    return min(20 * (step + 1) / steps, 0.5 * (1 + math.cos(math.pi * step / steps)))
+@torch.no_grad()
+def lists(cfg, model, search, examples, users):
+    """The 20 best items for each of some users, by search(histories): (B, 20)."""
+    model.eval()
+    order = torch.argsort(examples.length[users], stable=True)      # so that little is padded
+    found = []
+    for rows in users[order].split(256 if cfg.device == "cpu" else 1024):
+        history, _ = examples.batch(rows)
+        with mixed_precision(cfg):
+            found.append(search(history).cpu())
+    return torch.cat(found)[order.argsort()]
 
 
-def fit(label, step, pairs, batch, steps, optimiser, folder, evaluations, validate,
-        after=None, graph=True, save_every=180.0):
-    """The one loop that trains all recommenders, on batches of `pairs` -> its seconds.
-    validate() gives metrics, whose N@10 chooses the state to end with; after(done)
-    follows a step. A training that was cut off goes on from folder/snapshot.pt. Raises
+def train(cfg, data, label, folder, model, loss_of, search, pairs, batch, epochs, optimiser,
+          renew=None, graph=True):
+    """The one loop that trains all recommenders, on batches of `pairs`; then the one
+    scoring of the test users -> what a stage keeps. N@10 of some validation users
+    chooses the state to end with; after each `renew` steps the old model becomes
+    today's. A training that was cut off goes on from folder/snapshot.pt. Raises
     DataError, and KeyboardInterrupt after Ctrl-C or SIGTERM, when the step is done and
     all of it is kept."""
-    device = pairs.items.device
-    alike = device.type == "cpu"   # a GPU wants one shape, a CPU histories of like length
-    width = None if alike else int(pairs.length.max())
-    batches = datasets.batches(pairs.length, batch, torch.initial_seed(), alike)
-    scaler = torch.amp.GradScaler(device.type, enabled=step.dtype == torch.float16)
-    parts = dict(step=step, optimiser=optimiser, scaler=scaler)
-    peaks = [group["lr"] for group in optimiser.param_groups]
-    every = math.ceil(steps / evaluations)
+    batch = min(batch, len(pairs.end))
+    steps = max(math.ceil(epochs * len(pairs.end) / batch), 1)
+    batches = datasets.batches(pairs, batch, torch.initial_seed())
+    step = Step(cfg, model, loss_of)
+    scaler = torch.amp.GradScaler(cfg.device, enabled=cfg.precision == "fp16")
+    # The rate: up over the first twentieth of the training, then down half a cosine.
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: min(
+        20 * (done + 1) / steps, 0.5 * (1 + math.cos(math.pi * done / steps))))
+    parts = dict(step=step, optimiser=optimiser, scaler=scaler, schedule=schedule)
+
+    def validate(users):
+        top = lists(cfg, model, search, data.parts["valid"], users)
+        return datasets.ranking_metrics(top, data.items[data.offsets[1:] - 2][users])
+
+    everyone = torch.arange(data.n_users)
+    shuffled = torch.randperm(data.n_users, generator=torch.Generator().manual_seed(0))
+    every = math.ceil(steps / cfg.evaluations)
 
     # Start, or go on where a run was cut off: the same state and, on a CPU, the same
     # random numbers.
-    at = dict(done=0, seconds=0.0, noted=0, best={}, score=-1.0, random=torch.get_rng_state())
+    at = dict(done=0, seconds=0.0, notes=[], best={}, score=-1.0, random=torch.get_rng_state())
     at.update(datasets.load_tensors(folder / "snapshot.pt"))
     if at["done"]:
         print(f"{label}: goes on after step {at['done']:,} of {steps:,}", flush=True)
         for name, part in parts.items():
             part.load_state_dict(at[name])
     torch.set_rng_state(at["random"])
-    log = folder / "metrics.jsonl"
-    if rank == 0:
-        log.touch()
-        os.truncate(log, at["noted"])   # what was noted after the snapshot is noted again
-    else:
+    if rank > 0:
         torch.manual_seed(torch.initial_seed() + rank)              # dropout of its own
     started = time.perf_counter() - at["seconds"]
-    saved = time.perf_counter()
     caught = []                         # signals, which wait for the end of a step
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: caught.append(number))
-    bar = tqdm(desc=label, total=steps, initial=at["done"], disable=rank > 0 or None, leave=False)
+        signal.signal(number, lambda *_: caught.append(True))
 
-    for done, rows in enumerate(itertools.islice(batches, at["done"], steps), at["done"] + 1):
+    todo = itertools.islice(batches, at["done"], steps)
+    bar = tqdm(todo, label, steps, initial=at["done"], disable=rank > 0 or None, leave=False)
+    for done, rows in enumerate(bar, at["done"] + 1):
         # Of several processes each takes its share of the batch.
         mine = rows[rank::world]
-        progress = torch.full((), (done - 1) / steps, device=device)
-        inputs = (progress, *pairs.batch(mine, width))
+        progress = torch.full((), (done - 1) / steps, device=cfg.device)
+        inputs = (progress, *pairs.batch(mine))
 
         # On a GPU the step becomes a graph: its hundreds of small kernels, one by one,
         # take longer to launch than to run. From then on all batches have these shapes.
-        if graph and device.type == "cuda":
+        if graph and cfg.device == "cuda":
             graph = False                       # once: this replaces the step's forward
-            sample = tuple(x.clone() for x in inputs)
-            torch.cuda.make_graphed_callables(step, sample, allow_unused_input=True)
+            torch.cuda.make_graphed_callables(step, inputs, allow_unused_input=True)
             step.loss.detach_()                 # frees what the recording's gradients hold
 
         # The step, in mixed precision; in fp16 the loss is scaled up against underflow.
         loss, means = step(*inputs)
         scaler.scale(loss * len(mine) / len(rows)).backward()
-        for weight in step.model.parameters():
+        for weight in model.parameters():
             if world > 1 and weight.grad is not None:
                 dist.all_reduce(weight.grad)
         scaler.unscale_(optimiser)
-        nn.utils.clip_grad_norm_(step.model.parameters(), 1.0)
-        for group, peak in zip(optimiser.param_groups, peaks):
-            group["lr"] = peak * schedule(done - 1, steps)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimiser)
         scaler.update()
         optimiser.zero_grad()
-        if after:
-            after(done)
-        bar.update()
+        schedule.step()
+        if renew and done % renew == 0:
+            step.old.load_state_dict(model.state_dict())
 
         # Validate now and then. The best state so far is the one to end with.
         metrics = {}
         if done % every == 0 or done == steps:
-            metrics = validate()
+            metrics = validate(shuffled[:cfg.valid_users])
             if metrics["N@10"] > at["score"]:
-                at.update(score=metrics["N@10"], best=copy.deepcopy(step.model.state_dict()))
+                at.update(score=metrics["N@10"], best=copy.deepcopy(model.state_dict()))
 
         # Note how it goes, for metrics.jsonl and the bar.
-        due = metrics or time.perf_counter() - saved > save_every
-        if done % 50 == 0 or due:
+        if done % 50 == 0 or metrics:
             at["seconds"] = time.perf_counter() - started
             note = dict(step=done, seconds=at["seconds"], loss=loss.item(), **metrics,
                         **{name: mean.item() for name, mean in means.items()})
-            if not math.isfinite(note["loss"]) and not scaler.is_enabled():
+            at["notes"].append(note)
+            if not math.isfinite(note["loss"]):
                 raise DataError(f"{label}: the loss is {note['loss']} at step {done:,}; "
                                 "lower the rate of this training, or --lam")
-            if rank == 0:
-                datasets.add_line(log, note)
             told = f"loss {note['loss']:.2f}, valid N@10 {max(at['score'], 0):.4f}"
             bar.set_postfix_str(told)
 
-        # Keep all of it every few minutes, and where somebody wants to stop.
+        # Keep all of it after a validation, and where somebody wants to stop.
         stop = len(caught)
         if world > 1:                   # all processes stop after the same step
-            stop = torch.tensor(stop, device=device)
+            stop = torch.tensor(stop, device=cfg.device)
             dist.all_reduce(stop)
-        if due or stop:
-            at.update(done=done, noted=log.stat().st_size, random=torch.get_rng_state(),
+        if rank == 0 and (metrics or stop):
+            at.update(done=done, random=torch.get_rng_state(),
                       **{name: part.state_dict() for name, part in parts.items()})
-            if rank == 0:
-                datasets.save_tensors(folder / "snapshot.pt", at)
-            saved = time.perf_counter()
+            datasets.save_tensors(folder / "snapshot.pt", at)
+            datasets.write_lines(folder / "metrics.jsonl", at["notes"])
         if stop:
             raise KeyboardInterrupt(f"{label}: stopped after step {done:,} of {steps:,}")
         if metrics and bar.disable:                 # piped output has lines, not a bar
             print(f"{label}: step {done:,} of {steps:,}, {told}", flush=True)
-    bar.close()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if caught:                          # after the last step
-        raise KeyboardInterrupt(f"{label}: stopped after its last step")
-    step.model.load_state_dict(at["best"])
-    return at["seconds"]
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    model.load_state_dict(at["best"])
+    top = lists(cfg, model, search, data.parts["test"], everyone)
+    return dict(state=model.state_dict(), valid=validate(everyone), seconds=at["seconds"],
+                **datasets.tested(top, data))
 
 
 # =========================== 9. stages and main: what runs when, and what is kept of it
 
-def stage(cfg, data, number, label, groups, inputs, build):
-    """The result of build(folder), or what an earlier run kept of it in
-    RUNS/DATASET/LABEL-KEY. The key is made of the settings of these groups and of the
-    stage's inputs: what is done anew upstream changes the inputs, so that all that
-    follows from it is done anew, too."""
-    settings = [getattr(cfg, name) for group in groups for name in settings_by_stage()[group]]
-    key = datasets.fingerprint([settings, cfg.seeds, inputs])
+def stage(cfg, data, number, label, groups, inputs, build, *arguments):
+    """The result of build(cfg, data, label, folder, *arguments), or what an earlier run
+    kept of it in RUNS/DATASET/LABEL-KEY. The key is made of the settings of these
+    groups, the data, and the stage's inputs: what is done anew upstream changes the
+    inputs, so that all that follows from it is done anew, too."""
+    named = settings_by_stage()
+    settings = [getattr(cfg, name) for group in groups.split() for name in named[group]]
+    key = datasets.fingerprint([settings, cfg.seeds, data.fingerprint, inputs])
     folder = Path(cfg.runs_dir, data.name, f"{label.replace(' ', '-')}-{key}")
     code = datasets.code_hash(__file__, datasets.__file__)
-    result = {} if cfg.fresh else datasets.load_tensors(folder / "result.pt")
+    result = datasets.load_tensors(folder / "result.pt")
     if not result:
         print(f"stage {number} of {3 + len(cfg.loss.split(','))}, {label}", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
-        if cfg.fresh and rank == 0:
-            (folder / "snapshot.pt").unlink(missing_ok=True)
         wait_for_all()
-        torch.manual_seed(int(cfg.seeds))
-        result = build(folder)
+        torch.manual_seed(cfg.seeds)
+        result = build(cfg, data, label, folder, *arguments)
         if rank == 0:
             result.update(label=label, config=dataclasses.asdict(cfg), code=code)
             datasets.save_tensors(folder / "result.pt", result)
@@ -1153,121 +1120,60 @@ def stage(cfg, data, number, label, groups, inputs, build):
             (folder / "snapshot.pt").unlink(missing_ok=True)
         wait_for_all()
         result = datasets.load_tensors(folder / "result.pt")  # in all what the first one kept
-    if result["code"] != code:
-        print(f"note: other code than today's made {label}; --fresh does it again")
     print(f"{label:<12}{result['seconds']:8,.1f} s, kept in {folder}", flush=True)
+    if result["code"] != code:
+        print("note: it was made by other code than today's; remove it to do it again")
     return result
 
 
-def train(cfg, data, label, folder, step, search, pairs, batch, epochs, optimiser, **options):
-    """Fit a recommender, its state chosen by N@10 of some validation users; then score
-    all of these and, this once, the test users -> what its stage keeps.
-    search(histories) -> (B, 20)."""
-    parts = datasets.split(data, cfg.max_history, cfg.device)
-    shuffled = torch.randperm(data.n_users, generator=torch.Generator().manual_seed(0))
-
-    @torch.no_grad()
-    def score(part, users):
-        # Each process asks for its share of the users, those of like lengths together.
-        step.model.eval()
-        order = torch.argsort(parts[part].length[users], stable=True)
-        items = torch.zeros(len(users), 20, dtype=torch.long, device=cfg.device)
-        with torch.autocast(cfg.device, step.dtype, step.dtype != torch.float32):
-            for some in order[rank::world].split(256 if cfg.device == "cpu" else 1024):
-                history, _ = parts[part].batch(users[some])
-                items[some.to(cfg.device)] = search(history)
-        if world > 1:
-            dist.all_reduce(items)
-        return datasets.ranking_metrics(items, parts[part].target(users)), items.cpu()
-
-    batch = min(batch, len(pairs.end))
-    steps = math.ceil(epochs * len(pairs.end) / batch)
-    seconds = fit(label, step, pairs, batch, steps, optimiser, folder, cfg.evaluations,
-                  lambda: score("valid", shuffled[:cfg.valid_users])[0], **options)
-    everyone = torch.arange(data.n_users)
-    valid, _ = score("valid", everyone)
-    test, items = score("test", everyone)
-    if data.liked is not None:
-        test["liked"] = datasets.liked_unseen(items, data)
-    state = {name: value.cpu() for name, value in step.model.state_dict().items()}
-    return dict(state=state, valid=valid, test=test, top=items.int(), seconds=seconds)
-
-
-def train_sasrec(cfg, data, model, folder):
+def train_sasrec(cfg, data, label, folder, model):
     """Stage 1, the collaborative model: all next items of a user's window at once."""
-    step = Step(model, lambda *batch: (model.loss(*batch[:2]), {}), cfg.precision)
-    return train(cfg, data, "SASRec", folder, step,
-                 lambda history: datasets.top(model.scores(history), 20),
-                 datasets.windows(data, cfg.max_history, cfg.device), 128, cfg.sasrec_epochs,
-                 torch.optim.AdamW(model.parameters(), 1e-3, fused=True))
+    def loss_of(history, target, *_):
+        return model.loss(history, target), {}
+
+    def search(history):
+        return model.scores(history).topk(20).indices
+
+    optimiser = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+    return train(cfg, data, label, folder, model, loss_of, search, data.parts["windows"], 128,
+                 cfg.sasrec_epochs, optimiser)
 
 
-def item_codes(cfg, data, collaborative):
-    """Stage 2, a path of codes for each item: from a file, or made of the items'
-    vectors, by LETTER's way also of SASRec's (N, dim). -> codes (N, L), how many of the
-    L carry meaning."""
-    if cfg.codes:
-        codes = datasets.ready_codes(cfg.codes, cfg.dataset, cfg.data_dir, data.n_items)
-        semantic = datasets.semantic_levels(codes)
-        print(datasets.code_figures(codes[:, :semantic]))
-    else:
-        own = None
-        if cfg.item_vectors:
-            own = datasets.read_vectors(cfg.item_vectors, data.n_items)
-        letter = cfg.backbone == "letter"
-
-        def build(folder):
-            started = time.perf_counter()
-            vectors = datasets.item_vectors(data, own, collaborative).to(cfg.device)
-            near = datasets.principal_vectors(collaborative, 32).to(cfg.device)
-            codes = train_codes(vectors, cfg.levels, cfg.codebook_size, cfg.code_epochs,
-                                near if letter else None)
-            return dict(codes=codes.cpu(), seconds=time.perf_counter() - started)
-
-        asks_sasrec = letter or not any(data.texts)
-        inputs = [data.fingerprint, own, collaborative if asks_sasrec else None]
-        codes = stage(cfg, data, 2, "codes", ["codes"], inputs, build)["codes"]
-        semantic = cfg.levels
-        print(datasets.code_figures(codes, cfg.codebook_size))
-    if len(codes.unique(dim=0)) < len(codes):
-        codes = unique_paths(codes)
-    return codes, semantic
+def make_codes(cfg, data, label, folder, own, collaborative):
+    """Stage 2, the codes (N, L) of the items' vectors, by LETTER's way also of SASRec's
+    (N, dim)."""
+    started = time.perf_counter()
+    vectors = datasets.item_vectors(data, own, collaborative).to(cfg.device)
+    near = None
+    if cfg.backbone == "letter":
+        near = datasets.principal_vectors(collaborative, 32).to(cfg.device)
+    codes = train_codes(vectors, cfg.levels, cfg.codebook_size, cfg.code_epochs, near)
+    return dict(codes=codes, seconds=time.perf_counter() - started)
 
 
 def generator(cfg, trie, state=None):
     """A generator of the size that the settings name, untrained or in a state."""
     temperature = 0.7 if cfg.backbone == "letter" else 1.0            # [LETTER]: 0.7 to 1
-    model = T5(trie.codes.shape[1], int(trie.codes.max()) + 1, cfg.d_model, cfg.heads, cfg.d_kv,
-               cfg.d_ff, cfg.layers, cfg.dropout, temperature).to(cfg.device)
+    model = T5(trie.codes.shape[1], trie.n_codes, cfg.d_model, cfg.heads, cfg.d_kv, cfg.d_ff,
+               cfg.layers, cfg.dropout, temperature).to(trie.codes.device)
     if state:
         model.load_state_dict(state)
     return model.eval()
 
 
-def eq7(cfg):
-    """What the settings say of Eq. 7, as arguments of `gflowgr_loss`."""
-    return dict(k=cfg.k, lam=cfg.lam, parts=cfg.reward, weigh=cfg.confidence,
-                global_z=cfg.z == "global")
-
-
-def train_generator(cfg, data, label, folder, loss, trie, teacher, initial, epochs):
-    """Stage 3 and on: the generator, trained by one loss, from a state or from
-    scratch."""
-    policy = generator(cfg, trie, initial)
-    reference = copy.deepcopy(policy).requires_grad_(False)         # as it began
-    old = copy.deepcopy(reference)                      # renewed every `a_while` steps
-    pairs = datasets.split(data, cfg.max_history, cfg.device)["train"]
-    a_while = math.ceil(epochs * len(pairs.end) / cfg.batch / 5) if loss == "sprec" else 8
-
+def objective(cfg, loss, policy, teacher, trie):
+    """The loss that --loss names, as a function of a batch, the progress of the
+    training, and the policies of a while ago and of its beginning."""
     # A loss of your own: a branch here, its name in LISTS, and its settings' group in `run`.
-    def loss_of(history, clicked, progress):
+    def loss_of(history, clicked, progress, old=None, reference=None):
         given = (trie, history, clicked)
         if loss == "sft":
             return sft_loss(policy, *given)
         if loss in ("db", "tb"):
             beta = cfg.beta * (2 * progress - 1)             # easy first, hard at the end
             balance = detailed_balance if loss == "db" else trajectory_balance
-            return gflowgr_loss(policy, teacher, *given, beta, balance=balance, **eq7(cfg))
+            return gflowgr_loss(policy, teacher, *given, beta, cfg.k, cfg.lam, balance,
+                                cfg.reward, cfg.confidence, cfg.z == "global")
         if loss in ("dpo", "sdpo"):
             return dpo_loss(policy, reference, *given, negatives=1 if loss == "dpo" else 3)
         if loss == "sprec":
@@ -1277,91 +1183,92 @@ def train_generator(cfg, data, label, folder, loss, trie, teacher, initial, epoc
         if loss in ("ppo", "grpo"):
             return policy_gradient_loss(policy, old, reference, teacher, *given, loss == "ppo")
         return distillation_loss(policy, teacher, *given)
+    return loss_of
 
-    def after(done):
-        if done % a_while == 0:
-            old.load_state_dict(policy.state_dict())
 
-    step = Step(policy, loss_of, cfg.precision, old=old, reference=reference)
-    result = train(cfg, data, label, folder, step,
+def train_generator(cfg, data, label, folder, loss, trie, teacher, initial, epochs):
+    """Stage 3 and on: the generator, trained by one loss, from a state or from
+    scratch."""
+    policy = generator(cfg, trie, initial)
+    optimiser = relative_adamw(policy, cfg.finetune_lr if initial else cfg.lr)
+    pairs = data.parts["train"]
+    renew = 8
+    if loss == "sprec":                                 # once an iteration
+        renew = math.ceil(epochs * len(pairs.end) / cfg.batch / 5)
+    result = train(cfg, data, label, folder, policy, objective(cfg, loss, policy, teacher, trie),
                    lambda history: beam_search(policy, trie, history)[0], pairs, cfg.batch, epochs,
-                   relative_adamw(policy, cfg.finetune_lr if initial else cfg.lr), after=after,
-                   graph=loss != "sprec")       # it branches by progress, which no graph can
-    return dict(result, codes=trie.codes.cpu(), semantic=trie.semantic, ids=data.ids)
+                   optimiser, renew, graph=loss != "sprec")  # whose progress no graph can follow
+    return dict(result, codes=trie.codes, ids=data.ids)
 
 
 @torch.no_grad()
-def look(cfg, trie, teacher, result, pairs, users):
-    """What Eq. 7 is made of for users after a training; the K items are random, and the
-    same for each training. And the exact log Z(x) (B,), the log of the sum of all R."""
+def look(cfg, trie, teacher, pairs, users, *results):
+    """What Eq. 7 is made of for users after each of some trainings; the K items are
+    random, and the same for each. And the exact log Z(x) (B,), the log of the sum of
+    all R."""
     history, clicked = pairs.batch(users)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        _, seen = gflowgr_loss(generator(cfg, trie, result["state"]), teacher, trie, history,
-                               clicked, 0.0, **eq7(cfg))
     rewards = all_rewards(teacher, trie, history, clicked, cfg.reward)
-    return {**seen, "exact log Z": rewards.sum(1).log()}
+    found = []
+    for result in results:
+        torch.manual_seed(0)
+        loss_of = objective(cfg, "tb", generator(cfg, trie, result["state"]), teacher, trie)
+        _, seen = loss_of(history, clicked, progress=0.5)
+        found.append({**seen, "exact log Z": rewards.sum(1).log()})
+    return found
 
 
 def run(cfg):
     """All stages of one seed in order, each done once and then kept -> what the table
-    shows of each, and the users' test items."""
-    if rank > 0:
-        wait_for_all()                                  # the first process downloads
-    data = datasets.load(cfg.dataset, Path(cfg.data_dir), int(cfg.seeds))
-    if rank == 0:
-        wait_for_all()
+    shows of each."""
+    # What goes in. A bad file is told before anything is trained.
+    data = datasets.load(cfg.dataset, cfg.data_dir, cfg.seeds, cfg.max_history, cfg.device)
     datasets.check_size(data, cfg.max_history, max(cfg.k, 3))
     print(f"{datasets.figures(data)}; {world} x {cfg.device}, {cfg.precision}, seed {cfg.seeds}")
-
-    # A bad file is told before anything is trained.
-    if cfg.codes:
-        datasets.ready_codes(cfg.codes, cfg.dataset, cfg.data_dir, data.n_items)
-    if cfg.item_vectors:
-        datasets.read_vectors(cfg.item_vectors, data.n_items)
+    codes = datasets.ready_codes(cfg.codes, cfg.dataset, cfg.data_dir, data.n_items)
+    own = datasets.read_vectors(cfg.item_vectors, data.n_items)
 
     # 1: the collaborative model. It is frozen from here on.
-    torch.manual_seed(int(cfg.seeds))
+    torch.manual_seed(cfg.seeds)
     teacher = SASRec(data.n_items, cfg.sasrec_dim, max_length=cfg.max_history).to(cfg.device)
-    first = stage(cfg, data, 1, "SASRec", ["training", "sasrec"], [data.fingerprint],
-                  lambda folder: train_sasrec(cfg, data, teacher, folder))
+    first = stage(cfg, data, 1, "SASRec", "training sasrec", [], train_sasrec, teacher)
     teacher.load_state_dict(first["state"])
     teacher.eval().requires_grad_(False)
 
     # 2: the codes, a path for each item.
-    codes, semantic = item_codes(cfg, data, first["state"]["item.weight"][:-1])
-    trie = Trie(codes.to(cfg.device), semantic, cfg.softmax == "all")
+    if codes is None:
+        inputs = [own, first["state"]["item.weight"][:-1]]
+        codes = stage(cfg, data, 2, "codes", "codes", inputs, make_codes, *inputs)["codes"]
+        print(datasets.code_figures(codes, cfg.codebook_size))
+    codes = datasets.unique_paths(codes)
+    trie = Trie(codes.to(cfg.device), datasets.semantic_levels(codes), cfg.softmax == "all")
 
     # 3: SFT, which all else starts from, and is measured by.
-    inputs = [data.fingerprint, codes, semantic, cfg.backbone]
-    start = stage(cfg, data, 3, "SFT", ["training", "sft"], inputs,
-                  lambda folder: train_generator(cfg, data, "SFT", folder, "sft", trie, teacher,
-                                                 None, cfg.sft_epochs))
-    results = {"popular": datasets.popular(data), "SASRec": first, "SFT": start}
+    groups = "training codes sft"
+    inputs = [codes]
+    start = stage(cfg, data, 3, "SFT", groups, inputs, train_generator, "sft", trie, teacher, None,
+                  cfg.sft_epochs)
+    results = {"SASRec": first, "SFT": start}
 
     # 4 and on: each fine-tuning, from the same SFT, of as many steps.
-    initial = None if cfg.from_scratch else start["state"]
-    epochs = cfg.finetune_epochs + cfg.sft_epochs * cfg.from_scratch
-    parts = datasets.split(data, cfg.max_history, cfg.device)
+    inputs += [start["state"], first["state"]]
     for number, loss in enumerate(cfg.loss.split(","), 4):
-        label = ("only " if cfg.from_scratch else "then ") + loss
-        groups = ["training", "sft", "finetune"] + ["gflownet"] * (loss in ("db", "tb"))
-        results[label] = stage(
-            cfg, data, number, label, groups, [*inputs, initial, first["state"]],
-            lambda folder: train_generator(cfg, data, label, folder, loss, trie, teacher, initial,
-                                           epochs))
+        groups = "training codes sft finetune"
         if loss in ("db", "tb"):
-            users = torch.arange(min(1000, data.n_users))
-            print(datasets.balance(*(look(cfg, trie, teacher, result, parts["valid"], users)
-                                     for result in (start, results[label]))))
+            groups += " gflownet"
+        now = stage(cfg, data, number, "then " + loss, groups, inputs, train_generator, loss, trie,
+                    teacher, start["state"], cfg.finetune_epochs)
+        results["then " + loss] = now
+        if loss in ("db", "tb"):
+            users = torch.arange(data.n_users)[:1000]
+            seen = look(cfg, trie, teacher, data.parts["valid"], users, start, now)
+            print(datasets.balance(*seen))
 
-    for user in range(cfg.show):
-        print(datasets.case_study(data, user, results, *(
-            look(cfg, trie, teacher, result, parts["test"], torch.tensor([user]))
-            for result in (start, results[label]))))
+    for user in range(min(cfg.show, data.n_users)):
+        seen = look(cfg, trie, teacher, data.parts["test"], torch.tensor([user]), start, now)
+        print(datasets.case_study(data, user, results, *seen))
     if cfg.diversity:
         print(datasets.diversity_table(results, data))
-    return results, data.items[data.offsets[1:] - 1]
+    return results
 
 
 @torch.no_grad()
@@ -1371,15 +1278,16 @@ def recommend(folder, history, k=10):
     precision. Items are named as in the dataset: by numbers, or by a .csv's own ids.
     Raises DataError."""
     kept = datasets.load_tensors(Path(folder, "result.pt"))
-    if "semantic" not in kept:
+    if "ids" not in kept:
         raise DataError(f"{folder} holds no generator; name one as runs/toy/then-tb-0123456789")
-    cfg = dataclasses.replace(Config(**kept["config"]), device="cpu")
-    trie = Trie(kept["codes"], kept["semantic"], cfg.softmax == "all")
-    ids = kept["ids"] or list(range(len(trie.codes)))
+    cfg = Config(**kept["config"])
+    cfg.device = "cpu"
+    trie = Trie(kept["codes"], all_codes=cfg.softmax == "all")
+    ids = kept["ids"]
     if not history or not set(history) <= set(ids) or not 1 <= k <= len(ids):
         raise DataError(f"a history needs items as {ids[0]!r}, and k must be 1 to {len(ids)}")
     recent = torch.tensor([[ids.index(item) for item in history[-cfg.max_history:]]])
-    with torch.autocast("cpu", TYPES[cfg.precision], cfg.precision != "fp32"):
+    with mixed_precision(cfg):
         items, _ = beam_search(generator(cfg, trie, kept["state"]), trie, recent, max(k, 20))
     return [ids[item] for item in items[0, :k]]
 
@@ -1387,8 +1295,9 @@ def recommend(folder, history, k=10):
 def main(argv=None):
     """The command; returns its exit code."""
     try:
-        cfg = choose_device(command_line(argv))
-        found = [run(dataclasses.replace(cfg, seeds=seed)) for seed in cfg.seeds.split(",")]
+        cfg = command_line(argv)
+        join_processes(cfg.device)
+        found = [run(dataclasses.replace(cfg, seeds=int(seed))) for seed in cfg.seeds.split(",")]
         print(f"\n{datasets.results_table(found)}\nkept in {cfg.runs_dir}")
         return 0
     except DataError as error:
@@ -1396,7 +1305,7 @@ def main(argv=None):
     except (MemoryError, torch.OutOfMemoryError):
         message = "memory has run out; use a smaller --batch"
     except (KeyboardInterrupt, BrokenPipeError) as error:       # Ctrl-C, SIGTERM, | head
-        message = f"{error or 'stopped'}; the same command goes on from there, without --fresh"
+        message = f"{error or 'stopped'}; the same command goes on from there"
     except OSError as error:
         message = f"{error}; --runs-dir says where results are kept"
     if rank == 0:
