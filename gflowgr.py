@@ -951,7 +951,8 @@ class Step(nn.Module):
         with mixed_precision(self.cfg, cache_enabled=False):  # a graph would keep an old cast
             loss, seen = self.loss_of(*batch, progress, self.old, self.reference)
         self.loss = loss.mean()
-        return self.loss, {name: x.detach().float().mean() for name, x in seen.items()}
+        return self.loss, {name: x.detach().mean() for name, x in seen.items()
+                           if x.is_floating_point()}
 
 
 def relative_adamw(model, lr):
@@ -993,6 +994,7 @@ def train(cfg, data, label, folder, model, loss_of, search, pairs, batch, epochs
     batches = datasets.batches(pairs, batch, torch.initial_seed())
     step = Step(cfg, model, loss_of)
     scaler = torch.amp.GradScaler(cfg.device, enabled=cfg.precision == "fp16")
+
     # The rate: up over the first twentieth of the training, then down half a cosine.
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: min(
         20 * (done + 1) / steps, 0.5 * (1 + math.cos(math.pi * done / steps))))
@@ -1022,8 +1024,8 @@ def train(cfg, data, label, folder, model, loss_of, search, pairs, batch, epochs
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: caught.append(True))
 
-    todo = itertools.islice(batches, at["done"], steps)
-    bar = tqdm(todo, label, steps, initial=at["done"], disable=rank > 0 or None, leave=False)
+    bar = tqdm(itertools.islice(batches, at["done"], steps), label, steps, leave=False,
+               initial=at["done"], disable=rank > 0 or None)
     for done, rows in enumerate(bar, at["done"] + 1):
         # Of several processes each takes its share of the batch.
         mine = rows[rank::world]

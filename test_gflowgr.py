@@ -1167,6 +1167,7 @@ def test_probabilities_and_scores_are_float32_under_bf16_autocast(w):
         scores = small_sasrec().scores(torch.tensor([[1, 2]]))
     assert log_p.dtype == scores.dtype == torch.float32
     near(log_p, ask(all_log_p, w), 0.1)
+    assert not torch.equal(log_p, ask(all_log_p, w))
 
 
 @parametrize("all_codes", [False, True])
@@ -1704,21 +1705,6 @@ def test_a_loss_that_is_not_finite_is_one_sentence(tmp_path):
         train_line(tmp_path, lambda weight, *_: weight[None] / 0 * 0)
 
 
-def test_bf16_is_close_to_fp32():
-    torch.manual_seed(0)
-    trie = g.Trie(datasets.unique_paths(torch.randint(16, (200, 3))))
-    policy = g.T5(
-        4, trie.tokens.max().item(), d_model=32, heads=2, d_kv=16, d_ff=64, layers=2
-    ).eval()
-    history = torch.randint(200, (8, 6))
-    items = torch.randint(200, (8, 5))
-    exact, _ = g.path_log_probs(policy, trie, history, items)
-    with torch.autocast("cpu", torch.bfloat16):
-        found, _ = g.path_log_probs(policy, trie, history, items)
-    assert found.dtype == torch.float32
-    assert 0 < (found - exact).abs().max() < 0.1
-
-
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -1991,7 +1977,7 @@ def test_a_damaged_file_and_a_bad_place_are_one_sentence(dataset, capsys):
 def test_rough_worlds_train_or_are_refused_in_one_sentence(tmp_path, capsys, n):
     chance = random.Random(n)
     for case in range(n):
-        n_items = chance.choice([1, 2, 9, 25, 60])
+        n_items = chance.choice([1, 20, 25, 60])
         folder = tmp_path / f"Rough{case}"
         folder.mkdir()
         sequences = {
@@ -2020,28 +2006,11 @@ def test_rough_worlds_train_or_are_refused_in_one_sentence(tmp_path, capsys, n):
 # --------------------------------------------------------------------- the benchmark
 
 TIGER = dict(heads=6, d_kv=64, d_ff=1024, layers=4)
-BEAUTY_LENGTHS = [
-    22363,
-    22363,
-    15201,
-    10980,
-    8300,
-    6489,
-    5123,
-    4242,
-    3547,
-    2989,
-    2550,
-    2189,
-    1927,
-    1720,
-    1507,
-    1366,
-    1248,
-    1136,
-    1019,
-    15154,
-]
+# Of Beauty's training pairs, how many have histories of 1, 2 .. 20 items.
+BEAUTY_LENGTHS = numbers(
+    "22363 22363 15201 10980 8300 6489 5123 4242 3547 2989 2550 2189 "
+    "1927 1720 1507 1366 1248 1136 1019 15154"
+)[0]
 
 
 def pairs_like_beauty(n_items=12101, n=60_000):
