@@ -3,8 +3,8 @@
 The paper is arXiv 2506.16114. A generative recommender writes an item as a short path of
 codes, so it is a policy on a tree whose leaves are the items. Trained on clicks alone (SFT), it
 takes every other item for wrong. GFlowGR adds paths of unclicked items, chosen from easy to
-hard by a collaborative model, gives each path a reward, and trains the policy until the
-probability of each path is its share of all reward:
+hard by a collaborative model, gives each path a reward, and draws the probability of each path
+towards its share of all reward. Eq. 7 of the paper, the loss, stands in Section 5 whole:
 
     item text --TF-IDF, SVD--> vectors --RQ-VAE--> codes ----------------------+
     histories --SASRec--> scores --curriculum--> K items --> reward, weight ---+--> Eq. 7 --> T5
@@ -25,11 +25,15 @@ Shapes, everywhere:
 
 Histories are padded on the right with the id N. A state s_l is a history and the first l codes
 of an item: s_0 is the root of the tree, s_L a leaf. An action is the next code, a trajectory an
-item's path. Every state has one parent, so log P_B = 0, and P_F(s_l | s_{l-1}) is the
-generator's probability of the next code. F(s) is the flow through
-a state, the reward of all leaves below it; Z(x) = F(s_0), the flow through the root, is all.
+item's path. The forward policy P_F(s_l | s_{l-1}) is the generator's probability of the next
+code y_l; the backward policy P_B is 1, as every state has one parent. F(s) is the flow through a
+state: the reward of all leaves below it. Z(x) = F(s_0), the flow through the root, is the reward
+of all items. In balance P_F(s_l | s_{l-1}) = F(s_l) / F(s_{l-1}); along a path these fractions
+cancel to F(s_L) / F(s_0) = R / Z, the probability of an item. Detailed balance (DB) asks for the
+first equation at every step, trajectory balance (TB) for the second of every path.
+
 [paper], [TIGER] and [LETTER] mark what those have; [ours] is a choice of this file, where the
-paper is silent, or where measuring spoke for another one.
+paper is silent, or where measurements favoured another one.
 
 Left out: pretrained language models (text becomes vectors by TF-IDF; --item-vectors brings your
 own), the search for hyper-parameters, and serving.
@@ -177,8 +181,9 @@ def diversity_loss(codebook, codes):
 def train_codes(vectors, levels, size, epochs, collaborative=None, alignment=0.1, diversity=1e-4,
                 batch=1024):
     """Train an RQ-VAE on item vectors (N, d_in), LETTER's where collaborative vectors
-    (N, 32) are given -> codes (N, levels). diversity [LETTER]; alignment, batch
-    [ours]."""
+    (N, 32) are given -> codes (N, levels). diversity [LETTER]; rate, alignment, batch
+    [ours]. Items may share their codes: then `unique_paths` in data.py appends a code
+    that counts them, and (3, 1), (3, 1), (0, 2) become (3, 1, 0), (3, 1, 1), (0, 2, 0)."""
     model = RQVAE(vectors.shape[1], levels, size).to(vectors.device)
     quantiser = model.quantiser
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
@@ -460,8 +465,8 @@ class Trie:
 
     def __init__(self, codes, semantic=None, all_codes=False):
         """codes (N, L), no two rows the same, else ValueError; semantic: how many
-        leading codes carry meaning, as one does not that only tells twins apart;
-        all_codes: see `log_probs`."""
+        leading codes say what an item is like (a last one may only count twins), all by
+        default; all_codes: see `log_probs`."""
         n_codes = int(codes.max()) + 1
         tokens = 1 + codes + n_codes * torch.arange(codes.shape[1], device=codes.device)
         self.codes = codes
@@ -470,7 +475,8 @@ class Trie:
         self.semantic = codes[:, :semantic]             # (N, L) or (N, L - 1)
         self.all_codes = all_codes
 
-        # Of each level: the code of its nodes, and where their children are in the next.
+        # Of each level's nodes: the first child and how many there are; of the children:
+        # the code that leads to each.
         self.code = []
         self.first_child = []
         self.n_children = []
@@ -498,6 +504,7 @@ class Trie:
         probability of each, -inf where a node has fewer. [ours]: normalised over the
         codes that lead to an item, so that the probabilities of all items sum to one
         and the optimum of TB is p = R / Z; all_codes: over all C."""
+        # Children lie side by side; where a node has few, the first fills the other places.
         slot = torch.arange(self.width[level], device=node.device)
         real = slot < self.n_children[level][node][..., None]           # (.., width)
         child = self.first_child[level][node][..., None] + slot * real
@@ -525,8 +532,8 @@ def path_log_probs(policy, trie, history, items):
         slot = path[..., level + 1, None] - child[..., :1]      # children are neighbours
         log_pf.append(log_probs.gather(-1, slot))                       # (B, P, 1)
 
-    # F(s) is the reward of all items below s: their number times their mean R, which is
-    # near 1. So log F starts at the log of their number, and the head learns the rest.
+    # F(s) is the reward of all items below s: their number times their mean R. So log F
+    # starts near the log of their number, and the head learns the rest.
     log_flow = policy.flow_head(states)[..., 0].float() + trie.log_leaves[items]
     return torch.cat(log_pf, -1), log_flow
 
@@ -613,15 +620,15 @@ def code_similarity(codes, clicked):
 def reward(r_aug, r_cs, r_sim, parts="aug,cs,sim", floor=1e-4):
     """R = r_aug + r_cs + r_sim (Section 3.2), each in [0, 1]: was the item clicked, how
     does the collaborative model score it, how many codes does it share with the clicked
-    one. `parts` names those that count. [ours]: at least `floor`, so that its log is
-    finite."""
+    one. So R is 2 to 3 for a click, 0 to 2 for others. `parts` names those that count.
+    [ours]: at least `floor`, so that its log is finite."""
     terms = {"aug": r_aug, "cs": r_cs, "sim": r_sim}
     return sum(terms[part] for part in parts.split(",")).clamp(min=floor)
 
 
 def confidence(r_aug, r_cs):
     """Eq. 8, w = 1 - |r_aug - r_cs|: little where click and collaborative model
-    disagree."""
+    disagree. So w is r_cs for a clicked item, and 1 - r_cs for another one."""
     return 1 - (r_aug - r_cs).abs()
 
 
@@ -642,7 +649,7 @@ def detailed_balance(log_pf, log_flow, log_reward):
 def trajectory_balance(log_pf, log_flow, log_reward):
     """Eq. 6: (log Z + sum_l log P_F(s_l | s_{l-1}) - log R)^2. log Z is log F(s_0), so
     it is the user's own [ours]: the rewards of two users do not sum to the same. Shapes
-    as above."""
+    as above; of log_flow only s_0's counts."""
     log_z = log_flow[..., 0]
     return (log_z + log_pf.sum(-1) - log_reward).square()
 
@@ -651,7 +658,7 @@ def gflowgr_loss(policy, teacher, trie, history, clicked, beta, k=4, lam=0.01,
                  balance=trajectory_balance, parts="aug,cs,sim", weigh=True, global_z=False):
     """Eq. 7: L_SFT + lambda * the sum over the clicked item and K augmented ones of w *
     L_GFN. history (B, T), clicked (B,) -> (B,), and what it was made of. Only the
-    policy learns."""
+    policy learns. global_z: one parameter instead of log F(s_0), as the paper has it."""
     with torch.no_grad():
         # Which paths? The clicked item, and K that the user did not click, easy ones
         # first (3.1).
@@ -691,8 +698,8 @@ def all_rewards(teacher, trie, history, clicked, parts="aug,cs,sim"):
 # =========================== 6. the other methods of the paper's Table 1, and a control
 
 def sft_loss(policy, trie, history, clicked):
-    """SFT. history (B, T), clicked (B,) -> (B,), and what it was made of: so do all of
-    these."""
+    """SFT. Each loss of this section takes histories (B, T) and clicked items (B,), and
+    gives (B,), and in a dictionary what of it is worth a note in the log."""
     log_pf, _ = path_log_probs(policy, trie, history, clicked[:, None])
     return sft(log_pf[:, 0]), {}
 
@@ -705,8 +712,8 @@ def dpo(chosen, rejected, beta):
 
 
 def path_log_p(policy, trie, history, items):
-    """log p of whole paths (B, P), without dropout: its noise would pass for a
-    change."""
+    """log p of whole paths (B, P), without dropout, whose noise would pass for a change
+    of the policy. (`Step` sets the training mode anew.)"""
     policy.eval()
     return path_log_probs(policy, trie, history, items)[0].sum(-1)
 
@@ -772,6 +779,7 @@ def policy_gradient_loss(policy, old, reference, teacher, trie, history, clicked
     rewards = all_rewards(teacher, trie, history, clicked).gather(1, drawn)
     policy.eval()                       # as in `path_log_p`
     log_pf, log_flow = path_log_probs(policy, trie, history, drawn)
+    # V(x) is what the head itself says: without the log N that `path_log_probs` adds.
     error = rewards - (log_flow[..., 0] - math.log(len(trie.codes)))        # R - V(x)
     advantage = error.detach() if critic else group_advantage(rewards)
     log_old = path_log_p(old, trie, history, drawn).detach()
@@ -803,19 +811,19 @@ def has_bf16():
 @dataclasses.dataclass
 class Config:
     """All settings. [paper], [TIGER], [LETTER]: as those have it; [ours]: our choice. A
-    comment after a setting is its --help; one before some is the stage whose key they
-    enter."""
+    comment after a setting is its --help; one before some names their group, by which
+    `run` says which settings a stage depends on."""
     # data
     dataset: str = "toy"           # toy, beauty, yelp, instruments; a folder, a .csv
     item_vectors: str = ""         # a .npy file of item vectors, not TF-IDF + SVD
-    codes: str = ""                # a NAME.index.json; letter: LETTER's published codes
+    codes: str = ""                # ready ones: a NAME.index.json; letter: LETTER's own
     # training
     max_history: int = 20          # items of a history that the models see [TIGER]
     precision: str = "bf16" if has_bf16() else "fp32"   # of matrix products; or fp16
     evaluations: int = 8           # validations of a training, by N@10 [ours]
     valid_users: int = 4000        # users of these validations [ours]
     # codes
-    backbone: str = "tiger"        # way to make codes: tiger or letter
+    backbone: str = "tiger"        # way to make codes, softmax temperature: tiger, letter
     levels: int = 3                # codebooks, + 1 code to part twins [TIGER]; LETTER: 4
     codebook_size: int = 256       # codes of a level, C [TIGER]
     code_epochs: int = 250         # passes of the RQ-VAE over the items [ours]
@@ -849,7 +857,7 @@ class Config:
     data_dir: str = "data"         # where the datasets lie
     runs_dir: str = "runs"         # where every stage's result is kept
     device: str = "cuda" if torch.cuda.is_available() else "cpu"   # cpu or cuda
-    show: int = 0                  # users to show Eq. 7 in numbers and both lists for
+    show: int = 0                  # users to show the last loss's Eq. 7 and lists for
     diversity: bool = False        # how varied the lists are (Section 4.5)
 
 
@@ -911,7 +919,8 @@ world = int(os.environ.get("WORLD_SIZE", 1))
 
 def join_processes(device):
     """Of several processes, as torchrun starts them, each takes its own GPU and joins
-    the others; all but the first fall silent."""
+    the others; only the first prints. They share the batches of a training; codes are
+    made, and users are searched for, by each."""
     if world > 1:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -927,7 +936,8 @@ def wait_for_all():
 
 
 def mixed_precision(cfg, **options):
-    """A context in which matrix products have the precision of the settings."""
+    """A context in which matrix products have the precision of the settings. Weights,
+    the softmax of attention, SASRec's scores, log P_F and log F stay float32."""
     return torch.autocast(cfg.device, TYPES[cfg.precision], cfg.precision != "fp32", **options)
 
 
@@ -956,23 +966,27 @@ class Step(nn.Module):
 
 
 def relative_adamw(model, lr):
-    """AdamW whose rate for each weight is relative to the weight's size at the start,
-    about 1 in an embedding and 0.05 in a matrix, as that of T5's own Adafactor is
-    [ours]."""
+    """AdamW whose rate for each weight is lr times the weight's size (the root of its
+    mean square) at the start, about 1 in an embedding and 0.05 in a matrix, as T5's own
+    Adafactor has it [ours]."""
     groups = {}
     for weight in model.parameters():
         size = weight.detach().square().mean().sqrt().item()
-        size = f"{size or 10:.0e}"   # one digit: few groups; log_z is 0 and counts as 10
+        # By one digit, so that there are few groups. log_z, which is 0 and may have far
+        # to go, counts as 10.
+        size = f"{size or 10:.0e}"
         groups.setdefault(size, []).append(weight)
     groups = [dict(params=weights, lr=lr * float(size)) for size, weights in groups.items()]
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
 
 
 @torch.no_grad()
-def lists(cfg, model, search, examples, users):
+def top_items(cfg, model, search, examples, users):
     """The 20 best items for each of some users, by search(histories): (B, 20)."""
     model.eval()
-    order = torch.argsort(examples.length[users], stable=True)      # so that little is padded
+
+    # Those of histories of like length together, so that little is padded.
+    order = torch.argsort(examples.length[users], stable=True)
     found = []
     for rows in users[order].split(256 if cfg.device == "cpu" else 1024):
         history, _ = examples.batch(rows)
@@ -983,12 +997,12 @@ def lists(cfg, model, search, examples, users):
 
 def train(cfg, data, label, folder, model, loss_of, search, pairs, batch, epochs, optimiser,
           renew=None, graph=True):
-    """The one loop that trains all recommenders, on batches of `pairs`; then the one
-    scoring of the test users -> what a stage keeps. N@10 of some validation users
-    chooses the state to end with; after each `renew` steps the old model becomes
-    today's. A training that was cut off goes on from folder/snapshot.pt. Raises
-    DataError, and KeyboardInterrupt after Ctrl-C or SIGTERM, when the step is done and
-    all of it is kept."""
+    """The one loop that trains all recommenders; then the one scoring of the test users
+    -> what a stage keeps. pairs: data.py's Examples, of which some rows give a batch of
+    histories (B, T) and targets. N@10 of some validation users chooses the state to end
+    with; after each `renew` steps the old model becomes today's. A training that was
+    cut off goes on from folder/snapshot.pt. Raises DataError, and KeyboardInterrupt
+    after Ctrl-C or SIGTERM, when the step is done and all of it is kept."""
     batch = min(batch, len(pairs.end))
     steps = max(math.ceil(epochs * len(pairs.end) / batch), 1)
     batches = datasets.batches(pairs, batch, torch.initial_seed())
@@ -1001,15 +1015,15 @@ def train(cfg, data, label, folder, model, loss_of, search, pairs, batch, epochs
     parts = dict(step=step, optimiser=optimiser, scaler=scaler, schedule=schedule)
 
     def validate(users):
-        top = lists(cfg, model, search, data.parts["valid"], users)
+        top = top_items(cfg, model, search, data.parts["valid"], users)
         return datasets.ranking_metrics(top, data.items[data.offsets[1:] - 2][users])
 
     everyone = torch.arange(data.n_users)
     shuffled = torch.randperm(data.n_users, generator=torch.Generator().manual_seed(0))
     every = math.ceil(steps / cfg.evaluations)
 
-    # Start, or go on where a run was cut off: the same state and, on a CPU, the same
-    # random numbers.
+    # Start, or go on where a run was cut off: the same state and, in one process on a
+    # CPU, the same random numbers.
     at = dict(done=0, seconds=0.0, notes=[], best={}, score=-1.0, random=torch.get_rng_state())
     at.update(datasets.load_tensors(folder / "snapshot.pt"))
     if at["done"]:
@@ -1073,7 +1087,8 @@ def train(cfg, data, label, folder, model, loss_of, search, pairs, batch, epochs
             told = f"loss {note['loss']:.2f}, valid N@10 {max(at['score'], 0):.4f}"
             bar.set_postfix_str(told)
 
-        # Keep all of it after a validation, and where somebody wants to stop.
+        # Keep all of it after a validation, and where somebody wants to stop: after kill
+        # -9 a run goes on from there. (A file appears whole or not at all.)
         stop = len(caught)
         if world > 1:                   # all processes stop after the same step
             stop = torch.tensor(stop, device=cfg.device)
@@ -1091,7 +1106,7 @@ def train(cfg, data, label, folder, model, loss_of, search, pairs, batch, epochs
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     model.load_state_dict(at["best"])
-    top = lists(cfg, model, search, data.parts["test"], everyone)
+    top = top_items(cfg, model, search, data.parts["test"], everyone)
     return dict(state=model.state_dict(), valid=validate(everyone), seconds=at["seconds"],
                 **datasets.tested(top, data))
 
@@ -1121,7 +1136,7 @@ def stage(cfg, data, number, label, groups, inputs, build, *arguments):
             datasets.report(folder.parent / "results.jsonl", result)
             (folder / "snapshot.pt").unlink(missing_ok=True)
         wait_for_all()
-        result = datasets.load_tensors(folder / "result.pt")  # in all what the first one kept
+        result = datasets.load_tensors(folder / "result.pt")    # all go on with the same
     print(f"{label:<12}{result['seconds']:8,.1f} s, kept in {folder}", flush=True)
     if result["code"] != code:
         print("note: it was made by other code than today's; remove it to do it again")
@@ -1155,7 +1170,7 @@ def make_codes(cfg, data, label, folder, own, collaborative):
 
 def generator(cfg, trie, state=None):
     """A generator of the size that the settings name, untrained or in a state."""
-    temperature = 0.7 if cfg.backbone == "letter" else 1.0            # [LETTER]: 0.7 to 1
+    temperature = 0.7 if cfg.backbone == "letter" else 1.0            # [LETTER]: from 0.7 to 1
     model = T5(trie.codes.shape[1], trie.n_codes, cfg.d_model, cfg.heads, cfg.d_kv, cfg.d_ff,
                cfg.layers, cfg.dropout, temperature).to(trie.codes.device)
     if state:
@@ -1166,7 +1181,8 @@ def generator(cfg, trie, state=None):
 def objective(cfg, loss, policy, teacher, trie):
     """The loss that --loss names, as a function of a batch, the progress of the
     training, and the policies of a while ago and of its beginning."""
-    # A loss of your own: a branch here, its name in LISTS, and its settings' group in `run`.
+    # A loss of your own: a branch here and its name in LISTS. If it has settings of its
+    # own, they make a group in Config, which `run` adds to the groups of its stage.
     def loss_of(history, clicked, progress, old=None, reference=None):
         given = (trie, history, clicked)
         if loss == "sft":
@@ -1184,7 +1200,8 @@ def objective(cfg, loss, policy, teacher, trie):
             return ipa_loss(policy, old, reference, teacher, *given)
         if loss in ("ppo", "grpo"):
             return policy_gradient_loss(policy, old, reference, teacher, *given, loss == "ppo")
-        return distillation_loss(policy, teacher, *given)
+        return distillation_loss(policy, teacher, *given)           # distil
+
     return loss_of
 
 
@@ -1195,7 +1212,7 @@ def train_generator(cfg, data, label, folder, loss, trie, teacher, initial, epoc
     optimiser = relative_adamw(policy, cfg.finetune_lr if initial else cfg.lr)
     pairs = data.parts["train"]
     renew = 8
-    if loss == "sprec":                                 # once an iteration
+    if loss == "sprec":                                 # once in each of its 5 iterations
         renew = math.ceil(epochs * len(pairs.end) / cfg.batch / 5)
     result = train(cfg, data, label, folder, policy, objective(cfg, loss, policy, teacher, trie),
                    lambda history: beam_search(policy, trie, history)[0], pairs, cfg.batch, epochs,
@@ -1205,8 +1222,8 @@ def train_generator(cfg, data, label, folder, loss, trie, teacher, initial, epoc
 
 @torch.no_grad()
 def look(cfg, trie, teacher, pairs, users, *results):
-    """What Eq. 7 is made of for users after each of some trainings; the K items are
-    random, and the same for each. And the exact log Z(x) (B,), the log of the sum of
+    """For some users, and after each of some trainings: what Eq. 7 is made of, with K
+    random items, the same for each, and the exact log Z(x) (B,), the log of the sum of
     all R."""
     history, clicked = pairs.batch(users)
     rewards = all_rewards(teacher, trie, history, clicked, cfg.reward)
@@ -1214,14 +1231,14 @@ def look(cfg, trie, teacher, pairs, users, *results):
     for result in results:
         torch.manual_seed(0)
         loss_of = objective(cfg, "tb", generator(cfg, trie, result["state"]), teacher, trie)
-        _, seen = loss_of(history, clicked, progress=0.5)
+        _, seen = loss_of(history, clicked, progress=0.5)       # beta = 0
         found.append({**seen, "exact log Z": rewards.sum(1).log()})
     return found
 
 
 def run(cfg):
-    """All stages of one seed in order, each done once and then kept -> what the table
-    shows of each."""
+    """All stages of one seed (cfg.seeds is a number here) in order, each done once and
+    then kept -> what the table shows of each."""
     # What goes in. A bad file is told before anything is trained.
     data = datasets.load(cfg.dataset, cfg.data_dir, cfg.seeds, cfg.max_history, cfg.device)
     datasets.check_size(data, cfg.max_history, max(cfg.k, 3))

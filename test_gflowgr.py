@@ -429,8 +429,8 @@ def test_a_pool_must_hold_enough_unclicked_items():
     datasets.check_size(data, 20, 5, 12)  # 12 - 6 - 1
     datasets.check_size(data, 3, 8, 12)  # 12 - 3 - 1
     assert "a pool of 12" in refusal(datasets.check_size, data, 20, 6, 12)
-    few = data._replace(texts=data.texts[:19])
-    assert "19 items; at least 20" in refusal(datasets.check_size, few, 20, 5)
+    few = data._replace(texts=19 * [""])
+    assert "has 19 items" in refusal(datasets.check_size, few, 20, 5)
 
 
 # --------------------------------------------------------------- item vectors and codes
@@ -1642,12 +1642,13 @@ def train_line(folder, loss_of, rank_of=lambda weight: 0, steps=40, lr=0.1):
         "line",
         folder,
         model,
-        lambda *inputs: (loss_of(model.weight, *inputs[:3]), {}),
+        lambda *inputs: (loss_of(model.weight, *inputs), {}),
         search,
         data.parts["train"],
         8,
         steps * 8 / 30,
         torch.optim.SGD(model.parameters(), lr),
+        renew=4,
     )
     return model.weight.item()
 
@@ -1665,8 +1666,8 @@ def test_the_rate_warms_up_and_decays_to_zero(tmp_path):
     assert rates[:5] == pytest.approx(
         [0.2, 0.4, 0.6, 0.8, 0.5 + 0.5 * math.cos(0.04 * math.pi)], rel=1e-4
     )
-    assert sorted(rates[4:], reverse=True) == rates[4:].tolist()
-    assert rates[-1] < 2e-3
+    assert (np.diff(rates[4:]) < 0).all()
+    assert rates[-1] < 0.002
 
 
 def test_rates_are_relative_to_the_size_of_a_weight():
@@ -1693,6 +1694,20 @@ def test_training_ends_with_the_best_validated_state(tmp_path):
     assert weight == min(validated, key=lambda weight: abs(weight - 0.7))
 
 
+def test_the_old_model_is_renewed_and_the_reference_never(tmp_path):
+    seen = []
+
+    def loss_of(weight, *inputs):
+        old, reference = inputs[3:]
+        seen.append([weight.item(), old.weight.item(), reference.weight.item()])
+        return weight[None]
+
+    train_line(tmp_path, loss_of, steps=9)
+    weights, old, reference = zip(*seen)
+    assert list(old) == [0] * 4 + [weights[4]] * 4 + [weights[8]]
+    assert not any(reference)
+
+
 def test_gradients_are_clipped_to_a_norm_of_one(tmp_path):
     weight = train_line(
         tmp_path, lambda weight, *_: 1000 * weight[None], steps=1, lr=1.0
@@ -1716,7 +1731,7 @@ def test_a_gpu_runs_every_method_by_a_graph(dataset, loss):
 
 
 @gpu
-def test_a_graph_replays_the_loss_and_its_gradients(dataset, capsys, monkeypatch):
+def test_a_graph_replays_the_loss_and_its_gradients(dataset, monkeypatch):
     flags = ["--loss", "sft", "--device", "cuda", "--dropout", "0"]
     assert g.main(command(dataset, *flags)) == 0
     graph = kept(dataset)["then-sft"]
@@ -1744,11 +1759,11 @@ def test_every_method_runs_and_what_is_kept_is_not_done_again(dataset, capsys):
         f"then {loss}" for loss in g.LISTS["loss"].split(",")
     ]
 
-    # Again: the same table, and nothing is trained.
+    # Again: the same table and case study, and nothing is trained.
     assert g.main(command(dataset, "--loss", "all", "--show", "1", "--diversity")) == 0
     again = capsys.readouterr().out
     assert "stage" not in again
-    assert again[again.index("\ntest ") :] == first[first.index("\ntest ") :]
+    assert again[again.index("\nuser 0") :] == first[first.index("\nuser 0") :]
 
 
 def test_only_what_depends_on_a_setting_is_done_again(dataset, capsys):
@@ -1775,9 +1790,7 @@ def test_only_what_depends_on_a_setting_is_done_again(dataset, capsys):
     ]
 
 
-def test_the_test_users_are_scored_once_after_the_state_is_chosen(
-    dataset, capsys, monkeypatch
-):
+def test_the_test_users_are_scored_once_after_the_state_is_chosen(dataset, monkeypatch):
     users = datasets.load(str(dataset))
     last = users.items[users.offsets[1:] - 1]
     scored = []
@@ -1860,7 +1873,7 @@ def test_a_table_of_clicks_runs_and_recommends_by_its_own_ids(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("precision, alike", [("fp32", 1.0), ("bf16", 0.9)])
-def test_recommend_gives_the_lists_that_were_scored(dataset, capsys, precision, alike):
+def test_recommend_gives_the_lists_that_were_scored(dataset, precision, alike):
     assert g.main(command(dataset, "--precision", precision)) == 0
     data = datasets.load(str(dataset))
     folder = next(dataset.parent.glob("runs/World/then-tb-*"))
@@ -1900,13 +1913,13 @@ def test_a_run_that_is_killed_and_stopped_ends_with_the_same_bits(dataset):
 def test_a_stopped_training_goes_on_after_its_step(tmp_path):
     signals = [signal.SIGTERM]
 
-    def distance(weight, history, target, progress):
+    def distance(weight, history, target, *_):
         return (weight - target).square()
 
-    def stop_at_13(weight, history, target, progress):
+    def stop_at_13(weight, history, target, progress, *_):
         if round(progress.item() * 40) == 12 and signals:
             os.kill(os.getpid(), signals.pop())
-        return distance(weight, history, target, progress)
+        return distance(weight, history, target)
 
     def rank_of(weight):
         return int(9 * (2 - weight) / 2)  # the nearer to the target, 2, the better
@@ -1915,9 +1928,9 @@ def test_a_stopped_training_goes_on_after_its_step(tmp_path):
         train_line(tmp_path / "a", stop_at_13, rank_of)
     resumed = train_line(tmp_path / "a", stop_at_13, rank_of)
     assert resumed == train_line(tmp_path / "b", distance, rank_of) > 1
-    notes = [(tmp_path / name / "metrics.jsonl").read_text() for name in "ab"]
-    steps = [[json.loads(line)["step"] for line in note.splitlines()] for note in notes]
-    assert steps == [[10, 20, 30, 40]] * 2
+    for name in "ab":
+        notes = (tmp_path / name / "metrics.jsonl").read_text()
+        assert re.findall(r'"step": (\d+)', notes) == "10 20 30 40".split()
 
 
 def test_a_closed_pipe_keeps_a_snapshot(dataset):
@@ -1934,11 +1947,6 @@ def test_two_processes_give_the_losses_of_one(dataset):
     flags = ["--dropout", "0", "--loss", "sft", "--seeds", "5"]
     shell(dataset, *flags).communicate()
     one = kept(dataset)["then-sft"]
-    notes = dataset.parent / "runs" / "World"
-    losses = [
-        json.loads(line)["loss"]
-        for line in next(notes.glob("SFT-*/metrics.jsonl")).open()
-    ]
     shutil.rmtree(dataset.parent / "runs")
     both = [
         shell(
