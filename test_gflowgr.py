@@ -1970,25 +1970,25 @@ BEAUTY_LENGTHS = numbers(
 )[0]
 
 
-def pairs_like_beauty(n_items, every=False, n=60_000):
+def pairs_like_beauty(n_items, n=60_000):
     """Random items in histories as long as those of Beauty's training pairs."""
     share = torch.tensor(BEAUTY_LENGTHS).double()
     lengths = 1 + torch.multinomial(share, n, replacement=True)
     end = torch.randint(20, 200_000, (n,))
     items = torch.cat([torch.randint(n_items, (200_000,)), torch.tensor([n_items])])
-    return datasets.Examples(items, end - lengths, end, every)
+    return datasets.Examples(items, end - lengths, end)
 
 
-def median_seconds(*works, runs=5):
+def median_seconds(*works):
     """The median time of each of several works, done in turns, after one turn to warm up."""
     times = []
-    for _ in range(runs + 1):
+    for _ in range(6):
         times.append([])
         for work in works:
             start = time.perf_counter()
             work()
             times[-1].append(time.perf_counter() - start)
-    return [float(np.median(column)) for column in list(zip(*times[1:]))]
+    return [float(np.median(column)) for column in zip(*times[1:])]
 
 
 def steps_of(loss_of, model, cfg, pairs, batches):
@@ -2025,27 +2025,30 @@ def hugging_face(trie, pairs, batches):
     return steps_of(loss_of, model, cfg, pairs, batches)
 
 
-def benchmark(n_items, n_steps=8):
+def benchmark(n_items):
     """Print what a CPU does in a second: pairs in steps of SFT, TB and SASRec, users of
     the search, and, of its peak of products, the share that SFT reaches."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     cfg = g.Config(device="cpu")
     pairs = pairs_like_beauty(n_items)
-    windows = pairs_like_beauty(n_items, every=True)
+    windows = pairs._replace(every=True)
     trie = g.Trie(datasets.unique_paths(torch.randint(256, (n_items, 3))), 3)
     teacher = g.SASRec(n_items)
-    batches = list(itertools.islice(datasets.batches(pairs, 256, 0), n_steps))
-    n = 256 * n_steps
+    # Of a pass of batches, which hold like lengths each, some of all lengths.
+    batches = list(itertools.islice(datasets.batches(pairs, 256, 0), 234))
+    batches.sort(key=lambda rows: pairs.length[rows].max())
+    batches = batches[13::21]
+    n = 256 * len(batches)
 
     def sasrec_loss(history, target):
         return teacher.loss(history, target), {}
 
-    (sasrec,) = median_seconds(steps_of(sasrec_loss, teacher, cfg, windows, batches))
-    teacher.eval().requires_grad_(False)
     square = torch.randn(2048, 2048, dtype=g.TYPES[cfg.precision])
-    (product,) = median_seconds(lambda: square @ square)
-    peak = 2 * 2048**3 / product
+    sasrec_steps = steps_of(sasrec_loss, teacher, cfg, windows, batches)
+    sasrec, product = median_seconds(sasrec_steps, lambda: square @ square)
+    teacher.eval().requires_grad_(False)
+    peak = 2 * 2048**3 / product  # in flops a second
     header = "SFT pairs/s|TB pairs/s|TB step / SFT's|users/s|share of peak"
     rows = [["", *header.split("|")]]
     for name, size in (("default size", {}), ("TIGER's size", TIGER)):
@@ -2070,14 +2073,14 @@ def benchmark(n_items, n_steps=8):
             works[0]()
         works.append(search)
         if size and importlib.util.find_spec("transformers"):
-            mixed = list(torch.randint(len(pairs.end), (n_steps, 256)))
+            mixed = list(torch.randint(len(pairs.end), (len(batches), 256)))
             works.append(hugging_face(trie, pairs, mixed))
         sft, tb, users, *standard = median_seconds(*works)
         share = counter.get_total_flops() / sft / peak
-        numbers = (
+        cells = (
             f"{n / sft:,.0f} {n / tb:,.0f} {tb / sft:.2f} {512 / users:,.0f} {share:.0%}"
         )
-        rows.append([name, *numbers.split()])
+        rows.append([name, *cells.split()])
         for took in standard:
             rows.append(["Hugging Face, TIGER's size", f"{n / took:,.0f}", *4 * [""]])
     import resource  # which Windows has not
@@ -2091,7 +2094,7 @@ def benchmark(n_items, n_steps=8):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser()
     parser.add_argument("--benchmark", action="store_true", required=True)
     parser.add_argument("--items", type=int, default=12101)
     benchmark(parser.parse_args().items)
