@@ -1244,29 +1244,30 @@ def test_exact_flows_balance_and_changed_ones_do_not(case):
 BALANCES = [g.trajectory_balance, g.detailed_balance]
 
 
-@parametrize("balance", BALANCES)
-def test_a_table_learns_p_equal_to_r_over_z(balance):
-    """A policy that is none of ours: of each node of the tree a log F, and logits of
-    the next code."""
-    trie = small_trie(12)
-    logits = torch.zeros(3, 12, 4, requires_grad=True)
-    log_flow = torch.zeros(3, 12, requires_grad=True)
-    log_reward = torch.randn(12)
+def run_readme(word):
+    """What the block of Python in README.md that holds a word defines."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    for block in re.findall("```python\n(.*?)```", text, re.S):
+        if word in block:
+            names = {}
+            exec(block, names)
+            return types.SimpleNamespace(**names)
 
-    def steps():
-        """log P_F and log F along all items' paths, (N, L) each."""
-        log_pf = []
-        for level in range(3):
-            node = trie.path[:, level]
-            child, log_probs = trie.log_probs(logits[level, node], node, level)
-            slot = trie.path[:, level + 1] - child[:, 0]
-            log_pf.append(log_probs.gather(1, slot[:, None]))
-        return torch.cat(log_pf, 1), log_flow[torch.arange(3), trie.path[:, :-1]]
 
-    minimise(lambda: balance(*steps(), log_reward), [logits, log_flow], 300, 0.1)
-    log_pf, _ = steps()
-    near(log_pf.sum(1), log_reward.log_softmax(0), 0.01)
-    near(log_flow[0, 0], log_reward.logsumexp(0), 0.01)
+def test_the_readmes_table_learns_p_equal_to_r_over_z():
+    found = run_readme("Adam")
+    near(found.log_pf.sum(1).exp(), found.R / 4, 0.01)
+    near(found.log_Z.exp(), torch.tensor(4.0), 0.01)
+
+
+def test_the_readmes_equation_7_of_hugging_faces_t5_has_a_gradient_for_all_of_it():
+    pytest.importorskip("transformers")
+    found = run_readme("transformers")
+    rewards = torch.tensor([[1.0, 0.0], [0.9, 0.3], [1.0, 0.5]])
+    items = torch.tensor([[5, 300, 700], [6, 300, 701]])
+    found.eq7(torch.tensor([1, 257, 513]), items, *rewards).backward()
+    for weight in [*found.t5.parameters(), *found.flow.parameters()]:
+        assert weight.grad is not None
 
 
 @parametrize("balance", BALANCES)
