@@ -30,10 +30,16 @@ code y_l; the backward policy P_B is 1, as every state has one parent. F(s) is t
 state: the reward of all leaves below it. Z(x) = F(s_0), the flow through the root, is the reward
 of all items. In balance P_F(s_l | s_{l-1}) = F(s_l) / F(s_{l-1}); along a path these fractions
 cancel to F(s_L) / F(s_0) = R / Z, the probability of an item. Detailed balance (DB) asks for the
-first equation at every step, trajectory balance (TB) for the second of every path.
+first equation at every step, trajectory balance (TB) for the second of every path; and where Z p
+= R for all items, whose p sum to one, Z is the sum of all R.
 
 [paper], [TIGER] and [LETTER] mark what those have; [ours] is a choice of this file, where the
 paper is silent, or where measurements favoured another one.
+
+What a run keeps: each stage has a folder RUNS/DATASET/STAGE-KEY with result.pt, metrics.jsonl and,
+while it trains, snapshot.pt, from which the same command goes on: after Ctrl-C from the step that
+was just done, after kill -9 from the last validation. RUNS/DATASET/results.jsonl has a line for
+each result.
 
 Left out: pretrained language models (text becomes vectors by TF-IDF; --item-vectors brings your
 own), the search for hyper-parameters, and serving.
@@ -591,10 +597,11 @@ def draw_items(policy, trie, history, n):
 # ============================== 5. GFlowGR: which paths, what they are worth, balance
 
 def curriculum_sample(scores, history, clicked, k, beta, pool=512):
-    """K unclicked items for each user, easy ones (low scores) at beta < 0, hard ones at
-    beta > 0, any at 0 (Section 3.1). scores (B, N), history (B, T), clicked (B,) -> ids
-    (B, k). [ours]: the draw, without replacement from softmax(beta * z), z being the
-    standardised score, out of a pool of random items that the batch shares."""
+    """K items for each user that are neither clicked nor in the history, easy ones (low
+    scores) at beta < 0, hard ones at beta > 0, any at 0 (Section 3.1). scores (B, N),
+    history (B, T), clicked (B,) -> ids (B, k). [ours]: the draw, without replacement
+    from softmax(beta * z), z being the standardised score, out of a pool of random
+    items that the batch shares."""
     ids = torch.randperm(scores.shape[1], device=scores.device)[:pool]  # (N',)
     z = F.layer_norm(scores[:, ids], ids.shape)                         # (B, N')
     known = torch.cat([history, clicked[:, None]], 1)                   # (B, T + 1)
@@ -658,7 +665,8 @@ def gflowgr_loss(policy, teacher, trie, history, clicked, beta, k=4, lam=0.01,
                  balance=trajectory_balance, parts="aug,cs,sim", weigh=True, global_z=False):
     """Eq. 7: L_SFT + lambda * the sum over the clicked item and K augmented ones of w *
     L_GFN. history (B, T), clicked (B,) -> (B,), and what it was made of. Only the
-    policy learns. global_z: one parameter instead of log F(s_0), as the paper has it."""
+    policy learns. The two parts pull apart: SFT wants p = 1 for the click, balance p =
+    R / Z. global_z: one parameter instead of the head at s_0, as the paper has it."""
     with torch.no_grad():
         # Which paths? The clicked item, and K that the user did not click, easy ones
         # first (3.1).
@@ -698,7 +706,7 @@ def all_rewards(teacher, trie, history, clicked, parts="aug,cs,sim"):
 # =========================== 6. the other methods of the paper's Table 1, and a control
 
 def sft_loss(policy, trie, history, clicked):
-    """SFT. Each loss of this section takes histories (B, T) and clicked items (B,), and
+    """SFT. Each .._loss of --loss takes histories (B, T) and clicked items (B,), and
     gives (B,), and in a dictionary what of it is worth a note in the log."""
     log_pf, _ = path_log_probs(policy, trie, history, clicked[:, None])
     return sft(log_pf[:, 0]), {}
@@ -865,7 +873,7 @@ TOY = dict(levels=2, codebook_size=32, d_model=64, d_kv=16, d_ff=256, layers=2, 
            sft_epochs=6.0, finetune_epochs=2.0, evaluations=4, valid_users=1000)
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CHOICES = {"precision": TYPES, "backbone": ["tiger", "letter"], "softmax": ["trie", "all"],
-           "z": ["user", "global"], "device": ["cpu", "cuda"]}
+           "z": ["user", "global"], "device": {"cpu", Config.device}}
 LISTS = {"loss": "sft,db,tb,dpo,sdpo,sprec,ipa,ppo,grpo,distil", "reward": "aug,cs,sim"}
 
 
@@ -919,8 +927,10 @@ world = int(os.environ.get("WORLD_SIZE", 1))
 
 def join_processes(device):
     """Of several processes, as torchrun starts them, each takes its own GPU and joins
-    the others; only the first prints. They share the batches of a training; codes are
-    made, and users are searched for, by each."""
+    the others. In a training they begin with the same weights and see the same order of
+    batches; each takes its own rows of a batch and draws its own dropout; their
+    gradients are added up. Codes are made, and users are searched for, by each. Only
+    the first prints and writes, and all read what it wrote."""
     if world > 1:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -936,15 +946,16 @@ def wait_for_all():
 
 
 def mixed_precision(cfg, **options):
-    """A context in which matrix products have the precision of the settings. Weights,
-    the softmax of attention, SASRec's scores, log P_F and log F stay float32."""
+    """A context in which matrix products have the precision of the settings. The
+    weights, every softmax, SASRec's scores of a user, and what the losses are made of
+    are float32."""
     return torch.autocast(cfg.device, TYPES[cfg.precision], cfg.precision != "fp32", **options)
 
 
 class Step(nn.Module):
-    """A model, its loss, and two frozen copies of the model that some losses ask: one
-    of its beginning, one of a while ago. As one module a CPU calls it, a GPU records it
-    as a graph, and a snapshot keeps it."""
+    """A model, its loss, and two frozen copies of the model that some losses ask: the
+    reference stays as it begins, the old one is renewed now and then by `train`. As one
+    module a CPU calls it, a GPU records it as a graph, and a snapshot keeps it."""
 
     def __init__(self, cfg, model, loss_of):
         super().__init__()
@@ -1116,10 +1127,10 @@ def train(cfg, data, label, folder, model, loss_of, search, pairs, batch, epochs
 def stage(cfg, data, number, label, groups, inputs, build, *arguments):
     """The result of build(cfg, data, label, folder, *arguments), or what an earlier run
     kept of it in RUNS/DATASET/LABEL-KEY. The key is made of the settings of these
-    groups, the data, and the stage's inputs: what is done anew upstream changes the
-    inputs, so that all that follows from it is done anew, too."""
-    named = settings_by_stage()
-    settings = [getattr(cfg, name) for group in groups.split() for name in named[group]]
+    groups, the seed, the data, and the stage's inputs: what is done anew upstream
+    changes the inputs, so that all that follows from it is done anew, too."""
+    settings = [getattr(cfg, name) for group in groups.split()
+                for name in settings_by_stage()[group]]
     key = datasets.fingerprint([settings, cfg.seeds, data.fingerprint, inputs])
     folder = Path(cfg.runs_dir, data.name, f"{label.replace(' ', '-')}-{key}")
     code = datasets.code_hash(__file__, datasets.__file__)
@@ -1157,8 +1168,8 @@ def train_sasrec(cfg, data, label, folder, model):
 
 
 def make_codes(cfg, data, label, folder, own, collaborative):
-    """Stage 2, the codes (N, L) of the items' vectors, by LETTER's way also of SASRec's
-    (N, dim)."""
+    """Stage 2, the codes (N, L) of the items' vectors: a user's own, or of their texts,
+    or SASRec's (N, dim) where there are none. LETTER's way aligns them with SASRec's."""
     started = time.perf_counter()
     vectors = datasets.item_vectors(data, own, collaborative).to(cfg.device)
     near = None
@@ -1253,7 +1264,8 @@ def run(cfg):
     teacher.load_state_dict(first["state"])
     teacher.eval().requires_grad_(False)
 
-    # 2: the codes, a path for each item.
+    # 2: the codes, a path for each item. Where items share theirs, one more code tells
+    # them apart, and does not count as likeness.
     if codes is None:
         inputs = [own, first["state"]["item.weight"][:-1]]
         codes = stage(cfg, data, 2, "codes", "codes", inputs, make_codes, *inputs)["codes"]
@@ -1261,14 +1273,14 @@ def run(cfg):
     codes = datasets.unique_paths(codes)
     trie = Trie(codes.to(cfg.device), datasets.semantic_levels(codes), cfg.softmax == "all")
 
-    # 3: SFT, which all else starts from, and is measured by.
+    # 3: SFT, from which all others start, and with which they are compared.
     groups = "training codes sft"
     inputs = [codes]
     start = stage(cfg, data, 3, "SFT", groups, inputs, train_generator, "sft", trie, teacher, None,
                   cfg.sft_epochs)
     results = {"SASRec": first, "SFT": start}
 
-    # 4 and on: each fine-tuning, from the same SFT, of as many steps.
+    # 4 and on: the fine-tunings, all from the same SFT and with equally many steps.
     inputs += [start["state"], first["state"]]
     for number, loss in enumerate(cfg.loss.split(","), 4):
         groups = "training codes sft finetune"
