@@ -1336,7 +1336,7 @@ def main(argv=None):
     except (MemoryError, torch.OutOfMemoryError):
         message = "memory has run out; use a smaller --batch"
     except (KeyboardInterrupt, BrokenPipeError) as error:       # Ctrl-C, SIGTERM, | head
-        message = f"{error or 'stopped'}; the same command goes on from there"
+        message = f"{str(error) or 'stopped'}; the same command goes on from there"
     except OSError as error:
         message = f"{error}; --runs-dir says where results are kept"
     if rank == 0:
