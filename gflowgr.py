@@ -328,7 +328,7 @@ class Attention(nn.Module):
         -> (B, S, d)."""
         queries = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         logits = queries @ keys.transpose(-1, -2) + bias                # (B, H, S, S')
-        weights = logits.softmax(-1, dtype=torch.float32).to(values.dtype)
+        weights = logits.softmax(-1).to(values.dtype)   # on a GPU autocast gives float32
         mixed = self.dropout(weights) @ values                          # (B, H, S, d_kv)
         return self.o(mixed.transpose(1, 2).flatten(2))
 
@@ -427,8 +427,9 @@ class T5(nn.Module):
         buckets = relative_buckets(position - position[:, None], two_sided=True)
         bias = self.encoder_bias(buckets).permute(2, 0, 1).to(x.dtype)  # (H, M, M)
         pad = x.new_zeros(tokens.shape).masked_fill(tokens == 0, -torch.inf)[:, None, None]
+        bias = bias + pad                                              # (B, H, M, M)
         for block in self.encoder:
-            x, _ = block(x, bias + pad)
+            x, _ = block(x, bias)
         x = self.dropout(self.encoder_norm(x))
         return [(*block.cross.keys_values(x), pad) for block in self.decoder]
 
@@ -947,8 +948,7 @@ def wait_for_all():
 
 def mixed_precision(cfg, **options):
     """A context in which matrix products have the precision of the settings. The
-    weights, every softmax, SASRec's scores of a user, and what the losses are made of
-    are float32."""
+    weights, SASRec's scores of a user, and what the losses are made of are float32."""
     return torch.autocast(cfg.device, TYPES[cfg.precision], cfg.precision != "fp32", **options)
 
 
