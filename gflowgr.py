@@ -21,7 +21,7 @@ Shapes, everywhere:
     B  histories in a batch     T  items in a history         N  items in the catalogue
     P  paths of a history       L  codes of an item           C  codes of a level
     M  tokens of a history      S  tokens of a path so far    W  beams
-    H  attention heads          d  width of a vector          U  users
+    H  attention heads          d  width of a vector
 
 Histories are padded on the right with the id N. A state s_l is a history and the first l codes
 of an item: s_0 is the root of the tree, s_L a leaf. An action is the next code, a trajectory an
@@ -36,10 +36,10 @@ first equation at every step, trajectory balance (TB) for the second of every pa
 [paper], [TIGER] and [LETTER] mark what those have; [ours] is a choice of this file, where the
 paper is silent, or where measurements favoured another one.
 
-What a run keeps: each stage has a folder RUNS/DATASET/STAGE-KEY with result.pt, metrics.jsonl and,
-while it trains, snapshot.pt, from which the same command goes on: after Ctrl-C from the step that
-was just done, after kill -9 from the last validation. RUNS/DATASET/results.jsonl has a line for
-each result.
+What a run keeps: each stage has a folder RUNS/DATASET/STAGE-KEY with result.pt, and each training
+metrics.jsonl and, while it lasts, snapshot.pt, from which the same command goes on: after Ctrl-C
+from the step that was just done, after kill -9 from the last validation. (Codes begin again.)
+RUNS/DATASET/results.jsonl has a line for each result.
 
 Left out: pretrained language models (text becomes vectors by TF-IDF; --item-vectors brings your
 own), the search for hyper-parameters, and serving.
@@ -565,7 +565,8 @@ def beam_search(policy, trie, history, width=20):
         logits = policy.code_logits(state[..., 0, :], level)
         child, log_probs = trie.log_probs(logits, node, level)          # (B, W, children)
 
-        # Of all children of all beams of a history, the best `width`.
+        # Of all children of all beams of a history, the best `width`. (Where a level has
+        # fewer, fillers at -inf are among them; deeper they lose against real ones.)
         total = (log_p[..., None] + log_probs).flatten(1)              # (B, W * children)
         log_p, best = total.topk(min(width, total.shape[1]))
         node = child.flatten(1).gather(1, best)
@@ -669,8 +670,8 @@ def gflowgr_loss(policy, teacher, trie, history, clicked, beta, k=4, lam=0.01,
     policy learns. The two parts pull apart: SFT wants p = 1 for the click, balance p =
     R / Z. global_z: one parameter instead of the head at s_0, as the paper has it."""
     with torch.no_grad():
-        # Which paths? The clicked item, and K that the user did not click, easy ones
-        # first (3.1).
+        # Which paths? The clicked item, and K others that are not in the history, easy
+        # ones first (3.1).
         scores = teacher.scores(history)                                # (B, N)
         augmented = curriculum_sample(scores, history, clicked, k, beta)  # (B, K)
         items = torch.cat([clicked[:, None], augmented], 1)            # (B, P), P = 1 + K
@@ -1193,7 +1194,8 @@ def objective(cfg, loss, policy, teacher, trie):
     """The loss that --loss names, as a function of a batch, the progress of the
     training, and the policies of a while ago and of its beginning."""
     # A loss of your own: a branch here and its name in LISTS. If it has settings of its
-    # own, they make a group in Config, which `run` adds to the groups of its stage.
+    # own, they make a group in Config, which `run` adds to the groups of its stage. If
+    # it branches by progress, it runs without a graph, as SPRec does.
     def loss_of(history, clicked, progress, old=None, reference=None):
         given = (trie, history, clicked)
         if loss == "sft":
