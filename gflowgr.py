@@ -555,7 +555,7 @@ def gumbel_like(x):
 def beam_search(policy, trie, history, width=20):
     """The likeliest items that `width` beams find, best first, and their log p: (B,
     width) each. All beams walk along the trie, so each ends at an item, and no two at
-    the same. The catalogue has at least as many items."""
+    the same. Needs a catalogue of `width` items or more."""
     memory = policy.encode(trie.tokens[history])
     node = token = history.new_zeros(len(history), 1)                   # (B, W): the root
     log_p = torch.zeros_like(node, dtype=torch.float)
@@ -615,8 +615,7 @@ def curriculum_sample(scores, history, clicked, k, beta, pool=512):
 def collaborative_score(scores):
     """r_cs of every item, from the collaborative model's scores (B, N): into [0, 1] by
     each user's lowest and highest score [ours]. (B, N)."""
-    low = scores.amin(1, keepdim=True)
-    high = scores.amax(1, keepdim=True)
+    low, high = scores.aminmax(dim=1, keepdim=True)
     return (scores - low) / (high - low).clamp(min=1e-6)
 
 
@@ -759,7 +758,7 @@ def ipa_loss(policy, old, reference, teacher, trie, history, clicked, lam=0.01):
     """IPA: SFT, and DPO of the item of best reward against that of worst, among those
     that a beam search of a recent policy finds. lam [ours]."""
     loss, _ = sft_loss(policy, trie, history, clicked)
-    items, _ = beam_search(old, trie, history)  # (B, W)
+    items, _ = beam_search(old, trie, history)                          # (B, W)
     rewards = all_rewards(teacher, trie, history, clicked).gather(1, items)
     order = items.gather(1, rewards.argsort(1, descending=True))
     preference = preference_loss(policy, reference, trie, history, order[:, 0], order[:, -1:])
@@ -830,7 +829,7 @@ class Config:
     # training
     max_history: int = 20          # items of a history that the models see [TIGER]
     precision: str = "bf16" if has_bf16() else "fp32"   # of matrix products; or fp16
-    evaluations: int = 8           # validations of a training, by N@10 [ours]
+    evaluations: int = 8           # validations, and snapshots, of a training [ours]
     valid_users: int = 4000        # users of these validations [ours]
     # codes
     backbone: str = "tiger"        # way to make codes, softmax temperature: tiger, letter
@@ -871,31 +870,34 @@ class Config:
     diversity: bool = False        # how varied the lists are (Section 4.5)
 
 
+# The toy world is small, and so are its models, unless flags say otherwise.
 TOY = dict(levels=2, codebook_size=32, d_model=64, d_kv=16, d_ff=256, layers=2, batch=64,
            sft_epochs=6.0, finetune_epochs=2.0, evaluations=4, valid_users=1000)
+
+# What settings may be: a type, one of a few, or several of a few.
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CHOICES = {"precision": TYPES, "backbone": ["tiger", "letter"], "softmax": ["trie", "all"],
            "z": ["user", "global"], "device": {"cpu", Config.device}}
 LISTS = {"loss": "sft,db,tb,dpo,sdpo,sprec,ipa,ppo,grpo,distil", "reward": "aug,cs,sim"}
 
 
-def settings_by_stage():
-    """{stage: {setting: its help}}, as the comments of `Config` say."""
-    stages = {}
+def settings_by_group():
+    """{group: {setting: its help}}, as the comments of `Config` say."""
+    groups = {}
     for line in inspect.getsource(Config).splitlines():
         if match := re.match("    # (.+)", line):
-            stages[match[1]] = found = {}
+            groups[match[1]] = found = {}
         if match := re.match(r"    (\w+): .+  # (.+)", line):
             found[match[1]] = match[2]
-    return stages
+    return groups
 
 
 def command_line(argv=None):
     """The settings that flags name. Raises DataError where a value makes no sense."""
     parser = argparse.ArgumentParser("gflowgr.py", allow_abbrev=False,
                                      usage="python gflowgr.py [--loss tb] [--dataset beauty] ..")
-    for stage, settings in settings_by_stage().items():
-        group = parser.add_argument_group(stage)
+    for title, settings in settings_by_group().items():
+        group = parser.add_argument_group(title)
         for name, text in settings.items():
             default = getattr(Config, name)
             kind = dict(type=type(default), choices=CHOICES.get(name), metavar=f"{default}")
@@ -1131,7 +1133,7 @@ def stage(cfg, data, number, label, groups, inputs, build, *arguments):
     groups, the seed, the data, and the stage's inputs: what is done anew upstream
     changes the inputs, so that all that follows from it is done anew, too."""
     settings = [getattr(cfg, name) for group in groups.split()
-                for name in settings_by_stage()[group]]
+                for name in settings_by_group()[group]]
     key = datasets.fingerprint([settings, cfg.seeds, data.fingerprint, inputs])
     folder = Path(cfg.runs_dir, data.name, f"{label.replace(' ', '-')}-{key}")
     code = datasets.code_hash(__file__, datasets.__file__)

@@ -1565,7 +1565,7 @@ def shell(dataset, *flags, **variables):
 
 
 def test_every_setting_has_a_stage_and_a_help_and_there_are_few():
-    told = [name for group in g.settings_by_stage().values() for name in group]
+    told = [name for group in g.settings_by_group().values() for name in group]
     assert told == [field.name for field in dataclasses.fields(g.Config)]
     assert len(told) <= 45
 
