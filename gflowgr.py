@@ -425,10 +425,11 @@ class T5(nn.Module):
         x = self.embed(tokens)
         position = torch.arange(tokens.shape[1], device=tokens.device)
         buckets = relative_buckets(position - position[:, None], two_sided=True)
-        # Contiguous, as the logits are: adding a bias of another layout takes three times as long.
-        bias = self.encoder_bias(buckets).permute(2, 0, 1).contiguous().to(x.dtype)
         pad = x.new_zeros(tokens.shape).masked_fill(tokens == 0, -torch.inf)[:, None, None]
-        bias = bias + pad                                              # (B, H, M, M)
+        # Contiguous, as the logits are: a bias of another layout takes three times as
+        # long to add.
+        bias = self.encoder_bias(buckets).permute(2, 0, 1).contiguous()  # (H, M, M)
+        bias = bias.to(x.dtype) + pad                                   # (B, H, M, M)
         for block in self.encoder:
             x, _ = block(x, bias)
         x = self.dropout(self.encoder_norm(x))
@@ -443,7 +444,7 @@ class T5(nn.Module):
         distance = position - position[before:, None]                   # (S, S')
         x = self.embed(tokens.flatten(0, 1))                            # (B * P, S, d)
         bias = self.decoder_bias(relative_buckets(distance, two_sided=False)).permute(2, 0, 1)
-        bias = bias.masked_fill(distance > 0, -torch.inf).contiguous().to(x.dtype)
+        bias = bias.masked_fill(distance > 0, -torch.inf).to(x.dtype)   # (H, S, S')
         cache = []
         past = past or [None] * len(memory)
         for block, block_memory, block_past in zip(self.decoder, memory, past):
