@@ -3,7 +3,7 @@
 The paper is arXiv 2506.16114. A generative recommender writes an item as a short path of
 codes, so it is a policy on a tree whose leaves are the items. Trained on clicks alone (SFT), it
 takes every other item for wrong. GFlowGR adds paths of unclicked items, chosen from easy to
-hard by a collaborative model, gives each path a reward, and draws the probability of each path
+hard by a collaborative model, gives each path a reward, and moves the probability of each path
 towards its share of all reward. Eq. 7 of the paper, the loss, stands in Section 5 whole:
 
     item text --TF-IDF, SVD--> vectors --RQ-VAE--> codes ----------------------+
@@ -30,16 +30,18 @@ code y_l; the backward policy P_B is 1, as every state has one parent. F(s) is t
 state: the reward of all leaves below it. Z(x) = F(s_0), the flow through the root, is the reward
 of all items. In balance P_F(s_l | s_{l-1}) = F(s_l) / F(s_{l-1}); along a path these fractions
 cancel to F(s_L) / F(s_0) = R / Z, the probability of an item. Detailed balance (DB) asks for the
-first equation at every step, trajectory balance (TB) for the second of every path; and where Z p
-= R for all items, whose p sum to one, Z is the sum of all R.
+first equation, at every step; trajectory balance (TB) for the second, of every path. Z is learned,
+not summed up: if p Z = R for all items, then, as their p sum to one, Z must be the sum of all R.
 
-[paper], [TIGER] and [LETTER] mark what those have; [ours] is a choice of this file, where the
-paper is silent, or where measurements favoured another one.
+Eq. 1 to 8, Section 3.1, 3.2 and 4.5 are the paper's. TIGER (Rajput et al. 2023) is the kind of
+recommender that is fine-tuned here, RQ-VAE and T5; LETTER (Wang et al. 2024) adds two losses to
+its RQ-VAE. [paper], [TIGER] and [LETTER] mark what those have; [ours] is a choice of this file,
+where the paper is silent, or where measurements favoured another one.
 
-What a run keeps: each stage has a folder RUNS/DATASET/STAGE-KEY with result.pt, and each training
-metrics.jsonl and, while it lasts, snapshot.pt, from which the same command goes on: after Ctrl-C
-from the step that was just done, after kill -9 from the last validation. (Codes begin again.)
-RUNS/DATASET/results.jsonl has a line for each result.
+What a run keeps: each stage has a folder RUNS/DATASET/STAGE-KEY. It holds result.pt and, for a
+training, metrics.jsonl and, until it ends, snapshot.pt, from which the same command goes on: after
+Ctrl-C from the step that was just done, after kill -9 from the last validation. (Codes begin
+again.) RUNS/DATASET/results.jsonl has a line for each result.
 
 Left out: pretrained language models (text becomes vectors by TF-IDF; --item-vectors brings your
 own), the search for hyper-parameters, and serving.
@@ -76,8 +78,8 @@ def nearest(points, centres):
 
 @torch.no_grad()
 def kmeans(points, k, iterations=20):
-    """Lloyd's algorithm: centres (k, d) of points (n, d). That of an empty cluster
-    stays."""
+    """Lloyd's algorithm: centres (k, d) of points (n, d). An empty cluster keeps its
+    centre."""
     centres = points[torch.randint(len(points), (k,), device=points.device)]
     for _ in range(iterations):
         own = nearest(points, centres)                                  # (n,)
@@ -116,8 +118,8 @@ class ResidualQuantiser(nn.Module):
             codebook[dead] = elsewhere[dead]
 
     def forward(self, x):
-        """x (B, d) -> codes (B, L); the sum of the chosen code vectors (B, d), whose
-        gradient goes straight to x; the codebook and commitment losses, a scalar."""
+        """x (B, d) -> codes (B, L); the sum of the chosen code vectors (B, d), straight
+        through (its gradient is x's); the codebook and commitment losses, a scalar."""
         residual = x
         value = torch.zeros_like(x)
         loss = 0.0
@@ -131,9 +133,9 @@ class ResidualQuantiser(nn.Module):
             loss = loss + F.mse_loss(chosen, residual.detach())
             loss = loss + self.commitment * F.mse_loss(residual, chosen.detach())
 
-            # The residual keeps the gradient of x. (Less a straight-through value,
-            # whose gradient is that of x as well, it would have none, and commitment
-            # would end at the first level.)
+            # The code is subtracted as a constant, so that the residual keeps the
+            # gradient of x and commitment trains the encoder at every level. (Minus a
+            # straight-through code, whose gradient is x's, it would have none.)
             residual = residual - chosen.detach()
             value = value + chosen
         return torch.stack(codes, 1), x + (value - x).detach(), loss
@@ -172,14 +174,15 @@ def alignment_loss(value, collaborative):
 
 
 def diversity_loss(codebook, codes):
-    """LETTER's diversity: draws each chosen code to the others of its cluster of the
-    codebook, and drives it off all codes beyond, so that codes are used evenly. [ours]:
+    """LETTER's diversity: pulls each chosen code towards the others of its cluster of the
+    codebook, away from all codes beyond, so that codes are used evenly. [ours]:
     all others of the cluster, where LETTER draws one; k-means, where its clusters are
     of equal size. codebook (C, d), codes (B,) -> scalar."""
     fixed = codebook.detach()
     cluster = nearest(fixed, kmeans(fixed, 10))                         # (C,)
     own = F.one_hot(codes, len(codebook))                               # (B, C)
     others = (cluster[codes][:, None] == cluster).float() - own         # (B, C)
+    # A code is not its own neighbour. (-inf would make 0 * inf, which is NaN.)
     logits = codebook[codes] @ codebook.T - 1e9 * own
     return F.cross_entropy(logits, others / others.sum(1, keepdim=True).clamp(min=1))
 
@@ -234,8 +237,8 @@ class SASRec(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, history):
-        """History (B, T) -> states (B, T, d). State t has seen the items 0 .. t
-        alone."""
+        """History (B, T) -> states (B, T, d). State t has seen the items 0 .. t alone, so
+        no state of an item has seen padding, which is on the right."""
         length = history.shape[1]
         x = self.dropout(self.item(history) + self.position.weight[:length])
         future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
@@ -268,8 +271,8 @@ class SASRec(nn.Module):
 
 class Dropout(nn.Module):
     """Dropout. On a CPU one random number for each element costs more than the layer
-    before it: there, a mask is a piece, from a random place, of one long strip of
-    masks."""
+    before it: there, a mask is a piece of one long strip of masks, from one of 2^24
+    places."""
 
     def __init__(self, p):
         super().__init__()
@@ -315,6 +318,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
+        # T5 does not divide its logits by sqrt(d_kv): the weights of q begin as small.
         self.q = linear(d_model, heads * d_kv, (d_model * d_kv) ** -0.5)
         self.kv = linear(d_model, 2 * heads * d_kv)
         self.o = linear(heads * d_kv, d_model)
@@ -386,14 +390,16 @@ def relative_buckets(distance, two_sided, n=32, furthest=128):
 
 class T5(nn.Module):
     """The standard T5 (Raffel et al. 2020) over codes, with a head for the flow. Token
-    0 pads and starts; 1 + l * C + c is code c of level l. d_model, dropout [TIGER],
-    others [ours]."""
+    0 pads and starts; 1 + l * C + c is code c of level l. levels and n_codes are L and
+    C of the finished paths, where a code may have been added to part twins. d_model,
+    dropout [TIGER], others [ours]."""
 
     def __init__(self, levels, n_codes, d_model=128, heads=4, d_kv=32, d_ff=512, layers=3,
                  dropout=0.1, temperature=1.0):
         super().__init__()
         self.levels = levels
         self.n_codes = n_codes
+        # The embeddings, of entries about 1, give the logits, too; T5 scales for that.
         self.scale = d_model ** -0.5 / temperature
         self.embedding = nn.Embedding(1 + levels * n_codes, d_model)
         self.dropout = Dropout(dropout)
@@ -407,7 +413,7 @@ class T5(nn.Module):
         self.encoder_norm = RMSNorm(d_model)
         self.decoder_norm = RMSNorm(d_model)
         self.flow_head = linear(d_model, 1)
-        self.log_z = nn.Parameter(torch.zeros(()))  # the one Z of all users, with --z global
+        self.log_z = nn.Parameter(torch.zeros(()))  # --z global: log Z of all users, less log N
 
     def embed(self, tokens):
         """Tokens (..) -> (.., d). Under autocast all vectors have its type from here
@@ -529,8 +535,8 @@ class Trie:
 
 def path_log_probs(policy, trie, history, items):
     """How likely is each step to the policy, and what flow does it see at each state?
-    history (B, T), items (B, P) -> log P_F(s_{l+1} | s_l), log F(s_l), l = 0 .. L - 1:
-    (B, P, L) each."""
+    history (B, T), items (B, P) -> (B, P, L) each: at l = 0 .. L - 1 the step out of
+    s_l, log P_F(s_{l+1} | s_l), and log F(s_l). (F(s_L) is R, which no head is asked.)"""
     path = trie.path[items]                                             # (B, P, L + 1)
     tokens = F.pad(trie.tokens[items][..., :-1], (1, 0))              # (B, P, L), 0 first
     states, _ = policy.decode(tokens, policy.encode(trie.tokens[history]))  # (B, P, L, d)
@@ -538,7 +544,8 @@ def path_log_probs(policy, trie, history, items):
     for level in range(policy.levels):
         logits = policy.code_logits(states[..., level, :], level)       # (B, P, C)
         child, log_probs = trie.log_probs(logits, path[..., level], level)
-        slot = path[..., level + 1, None] - child[..., :1]      # children are neighbours
+        # Children have consecutive numbers, so this is the place of the path's next node.
+        slot = path[..., level + 1, None] - child[..., :1]
         log_pf.append(log_probs.gather(-1, slot))                       # (B, P, 1)
 
     # F(s) is the reward of all items below s: their number times their mean R. So log F
@@ -658,8 +665,8 @@ def detailed_balance(log_pf, log_flow, log_reward):
 
 def trajectory_balance(log_pf, log_flow, log_reward):
     """Eq. 6: (log Z + sum_l log P_F(s_l | s_{l-1}) - log R)^2. log Z is log F(s_0), so
-    it is the user's own [ours]: the rewards of two users do not sum to the same. Shapes
-    as above; of log_flow only s_0's counts."""
+    it is the user's own, as the rewards of two users do not sum to the same [ours].
+    Shapes as above; of log_flow only s_0's counts."""
     log_z = log_flow[..., 0]
     return (log_z + log_pf.sum(-1) - log_reward).square()
 
@@ -689,7 +696,8 @@ def gflowgr_loss(policy, teacher, trie, history, clicked, beta, k=4, lam=0.01,
     if global_z:
         log_flow[..., 0] = policy.log_z + math.log(len(trie.codes))
 
-    # Balance: for each path, its probability times all the flow should be its reward.
+    # Balance: how far is each path from it? (By TB: its probability times all the flow
+    # should be its reward.)
     loss_gfn = (w * balance(log_pf, log_flow, r.log())).sum(1)          # (B,)
     loss_sft = sft(log_pf[:, 0])                                        # (B,)
     return loss_sft + lam * loss_gfn, {
@@ -709,8 +717,8 @@ def all_rewards(teacher, trie, history, clicked, parts="aug,cs,sim"):
 # =========================== 6. the other methods of the paper's Table 1, and a control
 
 def sft_loss(policy, trie, history, clicked):
-    """SFT. Each .._loss of --loss takes histories (B, T) and clicked items (B,), and
-    gives (B,), and in a dictionary what of it is worth a note in the log."""
+    """SFT. Each loss that `objective` calls has this form: models, the tree, histories
+    (B, T), clicked items (B,) -> (B,), and a dictionary of what the log should note."""
     log_pf, _ = path_log_probs(policy, trie, history, clicked[:, None])
     return sft(log_pf[:, 0]), {}
 
@@ -723,8 +731,8 @@ def dpo(chosen, rejected, beta):
 
 
 def path_log_p(policy, trie, history, items):
-    """log p of whole paths (B, P), without dropout, whose noise would pass for a change
-    of the policy. (`Step` sets the training mode anew.)"""
+    """log p of whole paths (B, P), without dropout, as its noise alone would move p /
+    p_ref away from 1. Leaves the policy so; each step of `Step` sets it to train."""
     policy.eval()
     return path_log_probs(policy, trie, history, items)[0].sum(-1)
 
@@ -821,9 +829,9 @@ def has_bf16():
 
 @dataclasses.dataclass
 class Config:
-    """All settings. [paper], [TIGER], [LETTER]: as those have it; [ours]: our choice. A
-    comment after a setting is its --help; one before some names their group, by which
-    `run` says which settings a stage depends on."""
+    """All settings. [paper], [TIGER], [LETTER]: as those have it; [ours]: our choice. The
+    program reads the comments: one after a setting is its --help; a line of one word
+    opens a group, and a stage is kept by the groups of settings that it depends on."""
     # data
     dataset: str = "toy"           # toy, beauty, yelp, instruments; a folder, a .csv
     item_vectors: str = ""         # a .npy file of item vectors, not TF-IDF + SVD
@@ -897,6 +905,7 @@ def settings_by_group():
 def command_line(argv=None):
     """The settings that flags name. Raises DataError where a value makes no sense."""
     parser = argparse.ArgumentParser("gflowgr.py", allow_abbrev=False,
+                                     description=f"Defaults of the toy world: {TOY}",
                                      usage="python gflowgr.py [--loss tb] [--dataset beauty] ..")
     for title, settings in settings_by_group().items():
         group = parser.add_argument_group(title)
@@ -917,7 +926,7 @@ def command_line(argv=None):
         if name == "seeds":
             wrong = not re.fullmatch(r"\d+(,\d+)*", value)
         if type(value) is int:
-            wrong = value < (name not in ("k", "show"))
+            wrong = value < (name not in ("k", "show"))         # at least 1, or 0
         if type(value) is float:
             wrong = not 0 <= value < (1 if name == "dropout" else math.inf)
         if wrong:
@@ -935,8 +944,8 @@ def join_processes(device):
     """Of several processes, as torchrun starts them, each takes its own GPU and joins
     the others. In a training they begin with the same weights and see the same order of
     batches; each takes its own rows of a batch and draws its own dropout; their
-    gradients are added up. Codes are made, and users are searched for, by each. Only
-    the first prints and writes, and all read what it wrote."""
+    gradients are added up. Codes and beam searches are not shared out: each process does
+    all. Only the first prints and writes, and all go on with what it wrote."""
     if world > 1:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -958,9 +967,9 @@ def mixed_precision(cfg, **options):
 
 
 class Step(nn.Module):
-    """A model, its loss, and two frozen copies of the model that some losses ask: the
-    reference stays as it begins, the old one is renewed now and then by `train`. As one
-    module a CPU calls it, a GPU records it as a graph, and a snapshot keeps it."""
+    """A model and its loss in one module, which a GPU can record as one graph; and for
+    losses that compare, two frozen copies of the model: the reference stays as it
+    begins, `train` now and then makes the old one equal to today's."""
 
     def __init__(self, cfg, model, loss_of):
         super().__init__()
@@ -988,8 +997,8 @@ def relative_adamw(model, lr):
     groups = {}
     for weight in model.parameters():
         size = weight.detach().square().mean().sqrt().item()
-        # By one digit, so that there are few groups. log_z, which is 0 and may have far
-        # to go, counts as 10.
+        # To one digit, so that there are few groups. log_z begins at 0 and may have to go
+        # several units: it counts as a weight of size 10.
         size = f"{size or 10:.0e}"
         groups.setdefault(size, []).append(weight)
     groups = [dict(params=weights, lr=lr * float(size)) for size, weights in groups.items()]
@@ -998,7 +1007,7 @@ def relative_adamw(model, lr):
 
 @torch.no_grad()
 def top_items(cfg, model, search, examples, users):
-    """The 20 best items for each of some users, by search(histories): (B, 20)."""
+    """The 20 best items for each of some users (n,), by search(histories): (n, 20)."""
     model.eval()
 
     # Those of histories of like length together, so that little is padded.
@@ -1030,6 +1039,7 @@ def train(cfg, data, label, folder, model, loss_of, search, pairs, batch, epochs
         20 * (done + 1) / steps, 0.5 * (1 + math.cos(math.pi * done / steps))))
     parts = dict(step=step, optimiser=optimiser, scaler=scaler, schedule=schedule)
 
+    # Leave one out: a user's last item is the test target, the one before it this one's.
     def validate(users):
         top = top_items(cfg, model, search, data.parts["valid"], users)
         return datasets.ranking_metrics(top, data.items[data.offsets[1:] - 2][users])
@@ -1051,7 +1061,8 @@ def train(cfg, data, label, folder, model, loss_of, search, pairs, batch, epochs
         torch.manual_seed(torch.initial_seed() + rank)              # dropout of its own
     started = time.perf_counter() - at["seconds"]
     caught = []                         # signals, which wait for the end of a step
-    for number in (signal.SIGINT, signal.SIGTERM):
+    stops = (signal.SIGINT, signal.SIGTERM)
+    for number in stops:
         signal.signal(number, lambda *_: caught.append(True))
 
     bar = tqdm(itertools.islice(batches, at["done"], steps), label, steps, leave=False,
@@ -1092,8 +1103,8 @@ def train(cfg, data, label, folder, model, loss_of, search, pairs, batch, epochs
                 at.update(score=metrics["N@10"], best=copy.deepcopy(model.state_dict()))
 
         # Note how it goes, for metrics.jsonl and the bar.
+        at["seconds"] = time.perf_counter() - started
         if done % 50 == 0 or metrics:
-            at["seconds"] = time.perf_counter() - started
             note = dict(step=done, seconds=at["seconds"], loss=loss.item(), **metrics,
                         **{name: mean.item() for name, mean in means.items()})
             at["notes"].append(note)
@@ -1119,7 +1130,7 @@ def train(cfg, data, label, folder, model, loss_of, search, pairs, batch, epochs
         if metrics and bar.disable:                 # piped output has lines, not a bar
             print(f"{label}: step {done:,} of {steps:,}, {told}", flush=True)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stops:
         signal.signal(number, signal.default_int_handler)
     model.load_state_dict(at["best"])
     top = top_items(cfg, model, search, data.parts["test"], everyone)
@@ -1173,8 +1184,8 @@ def train_sasrec(cfg, data, label, folder, model):
 
 
 def make_codes(cfg, data, label, folder, own, collaborative):
-    """Stage 2, the codes (N, L) of the items' vectors: a user's own, or of their texts,
-    or SASRec's (N, dim) where there are none. LETTER's way aligns them with SASRec's."""
+    """Stage 2, the codes (N, L) of the items' vectors: those of --item-vectors, or of their
+    texts, or SASRec's (N, dim) where there are none. LETTER's way aligns with SASRec's."""
     started = time.perf_counter()
     vectors = datasets.item_vectors(data, own, collaborative).to(cfg.device)
     near = None
@@ -1198,8 +1209,8 @@ def objective(cfg, loss, policy, teacher, trie):
     """The loss that --loss names, as a function of a batch, the progress of the
     training, and the policies of a while ago and of its beginning."""
     # A loss of your own: a branch here and its name in LISTS. If it has settings of its
-    # own, they make a group in Config, which `run` adds to the groups of its stage. If
-    # it branches by progress, it runs without a graph, as SPRec does.
+    # own, they make a group in Config, which `run` adds to the groups of its stage. One
+    # that branches by progress goes without a graph, as `train_generator` says of SPRec.
     def loss_of(history, clicked, progress, old=None, reference=None):
         given = (trie, history, clicked)
         if loss == "sft":
@@ -1228,9 +1239,10 @@ def train_generator(cfg, data, label, folder, loss, trie, teacher, initial, epoc
     policy = generator(cfg, trie, initial)
     optimiser = relative_adamw(policy, cfg.finetune_lr if initial else cfg.lr)
     pairs = data.parts["train"]
+    # The steps after which the old policy, whose items ppo, grpo and ipa use, is renewed [ours].
     renew = 8
     if loss == "sprec":                                 # once in each of its 5 iterations
-        renew = math.ceil(epochs * len(pairs.end) / cfg.batch / 5)
+        renew = math.ceil(epochs * len(pairs.end) / min(cfg.batch, len(pairs.end)) / 5)
     result = train(cfg, data, label, folder, policy, objective(cfg, loss, policy, teacher, trie),
                    lambda history: beam_search(policy, trie, history)[0], pairs, cfg.batch, epochs,
                    optimiser, renew, graph=loss != "sprec")  # whose progress no graph can follow
@@ -1239,9 +1251,8 @@ def train_generator(cfg, data, label, folder, loss, trie, teacher, initial, epoc
 
 @torch.no_grad()
 def look(cfg, trie, teacher, pairs, users, *results):
-    """For some users, and after each of some trainings: what Eq. 7 is made of, with K
-    random items, the same for each, and the exact log Z(x) (B,), the log of the sum of
-    all R."""
+    """For some users (B,), what Eq. 7 is made of by each of some results, with the same
+    K random items, and beside it the exact log Z(x), the log of the sum of all R."""
     history, clicked = pairs.batch(users)
     rewards = all_rewards(teacher, trie, history, clicked, cfg.reward)
     found = []
@@ -1280,10 +1291,9 @@ def run(cfg):
     trie = Trie(codes.to(cfg.device), datasets.semantic_levels(codes), cfg.softmax == "all")
 
     # 3: SFT, from which all others start, and with which they are compared.
-    groups = "training codes sft"
     inputs = [codes]
-    start = stage(cfg, data, 3, "SFT", groups, inputs, train_generator, "sft", trie, teacher, None,
-                  cfg.sft_epochs)
+    start = stage(cfg, data, 3, "SFT", "training codes sft", inputs, train_generator, "sft", trie,
+                  teacher, None, cfg.sft_epochs)
     results = {"SASRec": first, "SFT": start}
 
     # 4 and on: the fine-tunings, all from the same SFT and with equally many steps.
@@ -1295,6 +1305,7 @@ def run(cfg):
         now = stage(cfg, data, number, "then " + loss, groups, inputs, train_generator, loss, trie,
                     teacher, start["state"], cfg.finetune_epochs)
         results["then " + loss] = now
+        # Does it balance? The learned beside the exact log Z of 1,000 users, before and after.
         if loss in ("db", "tb"):
             users = torch.arange(data.n_users)[:1000]
             seen = look(cfg, trie, teacher, data.parts["valid"], users, start, now)
