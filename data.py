@@ -57,15 +57,16 @@ class DataError(Exception):
 
 
 class Data(NamedTuple):
-    """A loaded dataset. Item ids are 0 .. N - 1; the id N pads short histories."""
+    """A loaded dataset. Item ids are 0 .. N - 1; the id N pads short histories. Users
+    are numbered in the order of their names, without those who are left out."""
     name: str
     titles: list                    # (N,) for people
     texts: list                     # (N,) title and description, for item vectors
     items: torch.Tensor             # all users' sequences one after the other
     offsets: torch.Tensor           # (U + 1,) u's: items[offsets[u]:offsets[u + 1]]
-    ids: list                       # (N,) the user's own item ids, or the numbers
+    ids: list                       # (N,) what a table calls the items, or their numbers
     liked: torch.Tensor | None      # (U, N) true tastes; only the toy world knows
-    fingerprint: str                # a hash of all of it
+    fingerprint: str                # a hash of texts, ids and sequences
     parts: dict = {}                # as `split` says
 
     @property
@@ -156,8 +157,9 @@ def fetch(url, pauses=(0, 1, 4), timeout=30.0):
                 return response.read()
         except (OSError, http.client.HTTPException) as error:
             reason = error
-    raise DataError(f"could not fetch {url} ({reason}); put it into the folder of "
-                    "--data-dir by hand, or use --dataset toy, which needs no network")
+    raise DataError(f"could not fetch {url} ({reason}); put it by hand into the "
+                    "dataset's folder in --data-dir, as data/Beauty/, or use --dataset "
+                    "toy, which needs no network")
 
 
 def download(dataset, data_dir, kinds=("inter", "item"), base_url=URL):
@@ -200,8 +202,9 @@ def ready_codes(codes, dataset, data_dir, n_items):
 # --------------------------------------------------------------------------------- read
 
 def load(dataset, data_dir="data", seed=42, max_history=20, device="cpu"):
-    """Load `toy`, a built-in dataset (downloaded if missing), or a user's own folder
-    or table -> Data with its parts. Raises DataError."""
+    """Load `toy`, drawn by a seed, a built-in dataset (downloaded if missing), or a
+    folder or table of your own (./toy, if it is called so) -> Data with its parts,
+    whose items lie on a device. Raises DataError."""
     path = Path(dataset)
     if dataset in DATASETS:
         path = download(dataset, data_dir)
@@ -213,8 +216,8 @@ def load(dataset, data_dir="data", seed=42, max_history=20, device="cpu"):
         data = read_interactions(path)
     else:
         raise DataError(f"unknown dataset {dataset!r}: choose toy, {', '.join(DATASETS)}, "
-                        "a folder Name with Name.inter.json and Name.item.json, or a "
-                        "table .csv, .tsv or .inter")
+                        "or the path of a folder Name that has Name.inter.json and "
+                        "Name.item.json, or of a table .csv, .tsv or .inter")
     return data._replace(parts=split(data, max_history, device))
 
 
@@ -248,8 +251,8 @@ def read_json(path):
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not a readable JSON file ({error}); put a whole "
-                        "copy there")
+        raise DataError(f"{path} is not a readable JSON file ({error}); put a "
+                        "whole one there")
     if not isinstance(content, dict) or not content:
         raise DataError(f'{path} must hold an object of one entry or more: {{"0": ..}}')
     return content
@@ -298,16 +301,19 @@ def read_folder(folder):
 
 def read_table(path, names):
     """Rows of a .csv, .tsv or .inter, one by one: the line's number and the cells of
-    the columns `names`. A header names them (user, user_id, user_id:token ..), else
-    they stand in this order; what is missing is "". Raises DataError."""
+    the columns `names`. A header names them (user, user_id, user_id:token ..), the
+    first two at least; else they stand in this order, without others. What is missing
+    is "". Raises DataError."""
     content = path.read_bytes()
     try:
         text = content.decode(json.detect_encoding(content))        # UTF-8, UTF-16 ..
         reader = csv.reader(io.StringIO(text, newline=""),
-                            delimiter="," if path.suffix == ".csv" else "\t")
+                            delimiter="," if path.suffix == ".csv" else "\t",
+                            strict=True)        # or a lone quote would swallow lines
         rows = [(reader.line_num, row) for row in reader if any(row)]
     except (ValueError, csv.Error) as error:
-        raise DataError(f"{path} is not a table ({error}); save it as UTF-8")
+        raise DataError(f"{path} is not a table ({error}); save it as UTF-8, "
+                        "its quotes in pairs")
     if not rows:
         raise DataError(f"{path} is empty")
 
@@ -316,6 +322,9 @@ def read_table(path, names):
     head = [cell.split(":")[0].strip().lower().removesuffix("_id") for cell in first]
     if set(names[:2]) <= set(head):
         rows = rows[1:]
+    elif len(head) > len(names):
+        raise DataError(f"{path} has {len(head)} columns; a first line must say which "
+                        f"of them are {', '.join(names)}")
     else:
         head = names
 
@@ -326,8 +335,8 @@ def read_table(path, names):
 
 def read_interactions(path):
     """Read a table of user, item, timestamp, and NAME.items.csv (item, title,
-    description) where it lies beside it -> Data; a user's items are sorted by time,
-    equal times as in the file. Raises DataError."""
+    description) where it lies beside it, also of items that nobody clicked -> Data; a
+    user's items are sorted by time, equal times as in the file. Raises DataError."""
     clicks = []
     for line, user, item, when in read_table(path, ("user", "item", "timestamp")):
         try:
@@ -337,7 +346,8 @@ def read_interactions(path):
         if not (user and item and math.isfinite(moment)):
             raise DataError(f"{path}, line {line}: needed are a user, an item and a "
                             f"number as timestamp, not {shown([user, item, when])}; "
-                            "columns are user, item, timestamp, or as a header says")
+                            "columns are user, item, timestamp, or as a header says, "
+                            "with commas between them in a .csv, else tabs")
         clicks.append((moment, user, item))
     clicks.sort(key=lambda click: click[0])         # rows of one time stay in order
 
@@ -347,10 +357,10 @@ def read_interactions(path):
     if beside.exists():
         for _, item, *text in read_table(beside, ("item", "title", "description")):
             texts[item] = text
-    ids = sorted(texts)
+    # Users and items are in the order of their ids, whatever that of the rows; items'
+    # shorter ones first, so that 2 comes before 10.
+    ids = sorted(texts, key=lambda item: (len(item), item))
     number = {item: i for i, item in enumerate(ids)}
-
-    # Users and items are in the order of their ids, whatever that of the rows.
     sequences = {}
     for _, user, item in clicks:
         sequences.setdefault(user, []).append(number[item])
@@ -429,9 +439,9 @@ class Examples(NamedTuple):
         return self.items.device.type == "cpu"
 
     def batch(self, rows):
-        """Histories (B, T), padded on the right to the longest of them, or, on a GPU,
-        which wants one shape, of all; and targets (B,), or (B, T) where every item has
-        one."""
+        """Histories (B, T), padded on the right, and targets (B,), or (B, T) where every
+        item has one. T is the longest history of this batch, or, on a GPU, whose graph
+        wants one shape, of all examples. rows (B,), on the CPU."""
         start = self.start[rows][:, None]
         end = self.end[rows][:, None]
         lengths = self.length[rows] if self.on_cpu else self.length
@@ -446,8 +456,8 @@ class Examples(NamedTuple):
 
 
 def split(data, max_history=20, device="cpu"):
-    """Leave-one-out: a user's last item is the test target, the one before it the
-    validation target, each earlier one but the first a training target, after the last
+    """Leave-one-out: of a user's items 0 .. n, n is the test target, n - 1 the
+    validation target, 1 .. n - 2 are training targets; the history of each is the last
     `max_history` items before it. -> {"train", "valid", "test", "windows": Examples};
     those of "valid" and "test" are in the order of the users. "windows" are the
     training targets once more, each once, in as few rows: a user's training sequence,
@@ -468,9 +478,9 @@ def split(data, max_history=20, device="cpu"):
 
 
 def batches(examples, batch, seed):
-    """Rows of batches, without end: each row once a pass, always `batch` of them; what
-    is left over opens the next pass. On a CPU histories of like length come together,
-    so that little is padded."""
+    """Rows of batches, without end: each row once a pass, always `batch` of them (at
+    most as many as there are examples); what is left over opens the next pass. On a
+    CPU histories of like length come together, so that little is padded."""
     lengths = examples.length
     generator = torch.Generator().manual_seed(seed)
     left = torch.arange(0)
@@ -532,8 +542,8 @@ def text_vectors(texts, dim=128, seed=42):
             place = column.setdefault(word, len(column))
             entries.append((row, place, weight[word] / norm))
     if empty:
-        print(f"note: the words of {empty:,} of {len(texts):,} items are in no other "
-              "item or in all, so their vectors are zero; --item-vectors helps")
+        print(f"note: {empty:,} of {len(texts):,} items have no word that some others "
+              "have, so their vectors are zero; --item-vectors helps")
 
     if not entries:
         return torch.zeros(len(texts), dim)
@@ -548,8 +558,8 @@ def text_vectors(texts, dim=128, seed=42):
 
 
 def item_vectors(data, own, collaborative):
-    """Item vectors (N, d): the user's own, or of the texts, or, without any text,
-    SASRec's (N, dim)."""
+    """Item vectors (N, d): your own, or of the texts, or, without any text, SASRec's
+    (N, dim)."""
     if own is not None:
         return own
     if any(data.texts):
@@ -573,8 +583,8 @@ def components(left, scale, dim):
 
 
 def read_vectors(path, n_items):
-    """A user's own item vectors (N, d) from a .npy file, rows by item id, scaled to
-    mean square 1; None where no file is named. Raises DataError."""
+    """Item vectors of your own (N, d) from a .npy file, rows in the order of `Data.ids`,
+    scaled to mean square 1; None where no file is named. Raises DataError."""
     if not path:
         return None
     try:
@@ -584,7 +594,7 @@ def read_vectors(path, n_items):
                         f"({error})")
     if vectors.ndim != 2 or len(vectors) != n_items or not vectors.size:
         raise DataError(f"{path} holds an array of shape {vectors.shape}; needed are "
-                        f"numbers, one row for each of the {n_items} items")
+                        f"numbers, one row for each of the {n_items} items, by id")
     finite = np.isfinite(vectors).all(1)
     if not finite.all():
         raise DataError(f"{path}: row {finite.argmin()} is not finite")
@@ -631,9 +641,9 @@ def unique_paths(codes):
 
 
 def semantic_levels(codes):
-    """How many leading levels of codes (N, L) carry meaning: all, or all but a last
-    one that only tells twins apart, however it is numbered: one that has no more codes
-    than the largest group of twins."""
+    """How many leading levels of codes (N, L) carry meaning. By our guess all but the
+    last, if that one only tells twins apart: without it some rows are the same, and it
+    has no more codes than the largest group of them. Else all."""
     levels = codes.shape[1]
     if levels > 1 and len(codes.unique(dim=0)) == len(codes):
         _, twins = torch.unique(codes[:, :-1], dim=0, return_counts=True)
@@ -643,9 +653,9 @@ def semantic_levels(codes):
 
 
 def code_figures(codes, size=None):
-    """What codes (N, L) are like, as a line: how many of a level's `size` codes are
-    used, or, of a file, how many a level has; and the collision rate, 1 - distinct
-    rows / N."""
+    """What codes (N, L) are like, in words: how many of a level's `size` codes are used,
+    or, of a file, how many a level has; and the collision rate, 1 - distinct rows /
+    N, with a note where it is high."""
     used = [len(column.unique()) for column in codes.T]
     usage = f"a level has {', '.join(map(str, used))}"
     if size:
@@ -663,7 +673,8 @@ def code_figures(codes, size=None):
 
 def ranking_metrics(recommended, target):
     """R@k, the share of users whose next item is among the first k, and N@k, the mean
-    of 1 / log2(1 + rank). recommended (U, W) ids, best first; target (U,)."""
+    of 1 / log2(1 + rank), 0 beyond k. recommended (U, W) ids, best first, W = 20 for
+    all; target (U,)."""
     hit = (recommended == target[:, None]).double().cpu()
     gain = hit / torch.log2(torch.arange(hit.shape[1]).double() + 2)
     recall = {f"R@{k}": hit[:, :k].sum(1).mean().item() for k in (1, 5, 10, 20)}
@@ -672,8 +683,8 @@ def ranking_metrics(recommended, target):
 
 
 def tested(top, data):
-    """What test lists (U, W) of items, best first, reached -> the table's metrics; the
-    lists; and whether each user's item is among the first 10 (U,)."""
+    """Test lists (U, W) of items, best first -> {"test": their metrics, "top": the
+    lists, "hit": whether each user's item is among the first 10 (U,)}."""
     target = data.items[data.offsets[1:] - 1]
     metrics = ranking_metrics(top, target)
     if data.liked is not None:
@@ -721,9 +732,10 @@ def aligned(rows):
 
 
 def paired_difference(found, label, other):
-    """Test R@10 of one row less that of another, and its standard error: the users are
-    the same, so it is smaller than that of each. Where there are several seeds, a
-    user's mean over them counts."""
+    """Test R@10 of one row less that of another, and its standard error over users.
+    Both rows have the same users, many of whom they both hit, so it is smaller than
+    for two samples. found: of each seed {label: result}, of which a user's mean
+    counts."""
     differences = [results[label]["hit"].double() - results[other]["hit"].double()
                    for results in found]
     difference = torch.stack(differences).mean(0)                           # (U,)

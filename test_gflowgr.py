@@ -311,11 +311,17 @@ def test_a_bad_row_is_named_with_its_file_and_line(tmp_path, row):
 
 
 @pytest.mark.parametrize(
-    "content, words", [(b"", "is empty"), (b"u,a,1\nu\xe91,a,2", "is not a table")]
+    "content, words",
+    cases("""
+                   | is empty
+    u,a,1;ué,a,2   | is not a table
+    u,a,1;"v,a,2;  | is not a table
+    u,a,5,1        | has 4 columns
+"""),
 )
 def test_a_file_that_is_no_table_is_named(tmp_path, content, words):
     path = tmp_path / "clicks.csv"
-    path.write_bytes(content)
+    path.write_text(content.replace(";", "\n"), "latin-1")
     assert f"{path} {words}" in refusal(datasets.load, str(path))
 
 
@@ -329,10 +335,10 @@ def test_texts_beside_a_table_are_found_by_item_id(tmp_path):
 "shoe, red",100,of wood
 hat,5,""")
     data = datasets.load(str(tmp_path / "x.csv"))
-    assert data.ids == ["100", "30", "4", "5"]
-    assert data.items.tolist() == [1, 2, 1, 0]
-    assert data.titles == ["shoe, red", "30", "4", "hat"]
-    assert data.texts == ["shoe, red of wood", "", "", "hat"]
+    assert data.ids == ["4", "5", "30", "100"]
+    assert data.items.tolist() == [2, 0, 2, 3]
+    assert data.titles == ["4", "hat", "30", "shoe, red"]
+    assert data.texts == ["", "hat", "", "shoe, red of wood"]
 
 
 def test_the_toy_world_follows_the_tastes_it_knows():
@@ -500,7 +506,7 @@ def test_text_vectors_are_the_best_low_rank_tfidf(dim, capsys):
     vectors = datasets.text_vectors(texts, dim).double()
     assert vectors.shape == (len(table), dim)
     torch.testing.assert_close(vectors @ vectors.T, best @ best.T, atol=1e-4, rtol=0)
-    assert "the words of 2 of 9 items" in capsys.readouterr().out
+    assert "2 of 9 items have no word" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("texts", [["gift card"] * 3, ["a", "b", "c"], [""] * 3])
