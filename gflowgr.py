@@ -1305,6 +1305,7 @@ def run(cfg):
         now = stage(cfg, data, number, "then " + loss, groups, inputs, train_generator, loss, trie,
                     teacher, start["state"], cfg.finetune_epochs)
         results["then " + loss] = now
+
         # Does it balance? The learned beside the exact log Z of 1,000 users, before and after.
         if loss in ("db", "tb"):
             users = torch.arange(data.n_users)[:1000]
