@@ -322,9 +322,9 @@ def read_table(path, names):
     head = [cell.split(":")[0].strip().lower().removesuffix("_id") for cell in first]
     if set(names[:2]) <= set(head):
         rows = rows[1:]
-    elif len(head) > len(names):
-        raise DataError(f"{path} has {len(head)} columns; a first line must say which "
-                        f"of them are {', '.join(names)}")
+    elif len(head) > len(names) or set(names) & set(head):
+        raise DataError(f"{path} needs a first line that names its columns, among them "
+                        f"{' and '.join(names[:2])}; it has {', '.join(first)}")
     else:
         head = names
 

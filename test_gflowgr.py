@@ -316,7 +316,8 @@ def test_a_bad_row_is_named_with_its_file_and_line(tmp_path, row):
                    | is empty
     u,a,1;ué,a,2   | is not a table
     u,a,1;"v,a,2;  | is not a table
-    u,a,5,1        | has 4 columns
+    u,a,5,1        | needs a first line
+    user,sku;u,a   | needs a first line
 """),
 )
 def test_a_file_that_is_no_table_is_named(tmp_path, content, words):
