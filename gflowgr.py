@@ -497,7 +497,8 @@ class Trie:
         self.n_children = []
         self.width = []                         # the most children of any node
         node = torch.zeros_like(codes[:, 0])     # (N,) where each item's path has come to
-        path, leaves = [node], []
+        path = [node]
+        leaves = []
         for column in codes.T:
             leaves.append(torch.bincount(node)[node])           # (N,) the items below
             key = node * n_codes + column                               # (parent, code)
@@ -624,7 +625,8 @@ def curriculum_sample(scores, history, clicked, k, beta, pool=512):
 def collaborative_score(scores):
     """r_cs of every item, from the collaborative model's scores (B, N): into [0, 1] by
     each user's lowest and highest score [ours]. (B, N)."""
-    low, high = scores.aminmax(dim=1, keepdim=True)
+    low = scores.amin(1, True)              # on a CPU `aminmax` takes ten times as long
+    high = scores.amax(1, True)
     return (scores - low) / (high - low).clamp(min=1e-6)
 
 
