@@ -324,7 +324,7 @@ def read_table(path, names):
         rows = rows[1:]
     elif len(head) > len(names) or set(names) & set(head):
         raise DataError(f"{path} needs a first line that names its columns, among them "
-                        f"{' and '.join(names[:2])}; it has {', '.join(first)}")
+                        f"{' and '.join(names[:2])}; it has {shown(first)}")
     else:
         head = names
 

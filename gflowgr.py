@@ -625,7 +625,7 @@ def curriculum_sample(scores, history, clicked, k, beta, pool=512):
 def collaborative_score(scores):
     """r_cs of every item, from the collaborative model's scores (B, N): into [0, 1] by
     each user's lowest and highest score [ours]. (B, N)."""
-    low = scores.amin(1, True)              # on a CPU `aminmax` takes ten times as long
+    low = scores.amin(1, True)              # on a CPU `aminmax` takes far longer
     high = scores.amax(1, True)
     return (scores - low) / (high - low).clamp(min=1e-6)
 
