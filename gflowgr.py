@@ -1,10 +1,11 @@
 """GFlowGR in one file: fine-tuning a generative recommender by a generative flow network.
 
-The paper is arXiv 2506.16114. A generative recommender writes an item as a short path of
-codes, so it is a policy on a tree whose leaves are the items. Trained on clicks alone (SFT), it
-takes every other item for wrong. GFlowGR adds paths of unclicked items, chosen from easy to
-hard by a collaborative model, gives each path a reward, and moves the probability of each path
-towards its share of all reward. Eq. 7 of the paper, the loss, stands in Section 5 whole:
+The paper is arXiv 2506.16114v1, whose numbering is used here. A generative recommender writes
+an item as a short path of codes, so it is a policy on a tree whose leaves are the items. Trained
+on clicks alone (SFT), it takes every other item for wrong. GFlowGR adds paths of unclicked items,
+chosen from easy to hard by a collaborative model, gives each path a reward, and moves the
+probability of each path towards its share of all reward. Eq. 7 of the paper, the loss, stands in
+Section 5 whole:
 
     item text --TF-IDF, SVD--> vectors --RQ-VAE--> codes ----------------------+
     histories --SASRec--> scores --curriculum--> K items --> reward, weight ---+--> Eq. 7 --> T5
@@ -41,7 +42,7 @@ where the paper is silent, or where measurements favoured another one.
 What a run keeps: each stage has a folder RUNS/DATASET/STAGE-KEY. It holds result.pt and, for a
 training, metrics.jsonl and, until it ends, snapshot.pt, from which the same command goes on: after
 Ctrl-C from the step that was just done, after kill -9 from the last validation. (Codes begin
-again.) RUNS/DATASET/results.jsonl has a line for each result.
+again.) RUNS/DATASET/results.jsonl has a line for each training that ended.
 
 Left out: pretrained language models (text becomes vectors by TF-IDF; --item-vectors brings your
 own), the search for hyper-parameters, and serving.
@@ -318,7 +319,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.dropout = dropout
-        # T5 does not divide its logits by sqrt(d_kv): the weights of q begin as small.
+        # T5 does not divide its logits by sqrt(d_kv): q's weights begin smaller by that.
         self.q = linear(d_model, heads * d_kv, (d_model * d_kv) ** -0.5)
         self.kv = linear(d_model, 2 * heads * d_kv)
         self.o = linear(heads * d_kv, d_model)
@@ -390,16 +391,16 @@ def relative_buckets(distance, two_sided, n=32, furthest=128):
 
 class T5(nn.Module):
     """The standard T5 (Raffel et al. 2020) over codes, with a head for the flow. Token
-    0 pads and starts; 1 + l * C + c is code c of level l. levels and n_codes are L and
-    C of the finished paths, where a code may have been added to part twins. d_model,
-    dropout [TIGER], others [ours]."""
+    0 pads and starts; 1 + l * C + c is code c of level l. levels and n_codes are those of
+    the finished paths: L is one more than the codebooks where a last code tells twins
+    apart, C is 1 + the largest code of any level."""
 
-    def __init__(self, levels, n_codes, d_model=128, heads=4, d_kv=32, d_ff=512, layers=3,
-                 dropout=0.1, temperature=1.0):
+    def __init__(self, levels, n_codes, d_model, heads, d_kv, d_ff, layers, dropout,
+                 temperature=1.0):
         super().__init__()
         self.levels = levels
         self.n_codes = n_codes
-        # The embeddings, of entries about 1, give the logits, too; T5 scales for that.
+        # The embeddings give the logits, too. As their entries are about 1, T5 scales states.
         self.scale = d_model ** -0.5 / temperature
         self.embedding = nn.Embedding(1 + levels * n_codes, d_model)
         self.dropout = Dropout(dropout)
@@ -537,7 +538,7 @@ class Trie:
 def path_log_probs(policy, trie, history, items):
     """How likely is each step to the policy, and what flow does it see at each state?
     history (B, T), items (B, P) -> (B, P, L) each: at l = 0 .. L - 1 the step out of
-    s_l, log P_F(s_{l+1} | s_l), and log F(s_l). (F(s_L) is R, which no head is asked.)"""
+    s_l, log P_F(s_{l+1} | s_l), and log F(s_l). (F(s_L) is R itself: no head is needed.)"""
     path = trie.path[items]                                             # (B, P, L + 1)
     tokens = F.pad(trie.tokens[items][..., :-1], (1, 0))              # (B, P, L), 0 first
     states, _ = policy.decode(tokens, policy.encode(trie.tokens[history]))  # (B, P, L, d)
@@ -582,7 +583,8 @@ def beam_search(policy, trie, history, width=20):
         node = child.flatten(1).gather(1, best)
         token = 1 + level * policy.n_codes + trie.code[level][node]
 
-        # Each goes on from the keys and values of the beam that it comes from.
+        # Each goes on from the keys and values of the beam that it comes from: in the cache,
+        # row history * W + beam, W being how many there were before this level.
         first = torch.arange(len(history), device=node.device)[:, None] * child.shape[1]
         beam = (first + best // child.shape[2]).flatten()
         past = [(keys[beam], values[beam]) for keys, values in past]
@@ -592,7 +594,8 @@ def beam_search(policy, trie, history, width=20):
 
 @torch.no_grad()
 def draw_items(policy, trie, history, n):
-    """n items (B, n) for each history, drawn from the policy code by code."""
+    """n items (B, n) for each history, drawn from the policy code by code, each time among the
+    codes that lead to an item: so from p itself, but with all_codes only from near it."""
     memory = policy.encode(trie.tokens[history])
     node = token = history.new_zeros(len(history), n)                   # (B, n): the root
     past = None
@@ -637,10 +640,11 @@ def code_similarity(codes, clicked):
 
 
 def reward(r_aug, r_cs, r_sim, parts="aug,cs,sim", floor=1e-4):
-    """R = r_aug + r_cs + r_sim (Section 3.2), each in [0, 1]: was the item clicked, how
-    does the collaborative model score it, how many codes does it share with the clicked
-    one. So R is 2 to 3 for a click, 0 to 2 for others. `parts` names those that count.
-    [ours]: at least `floor`, so that its log is finite."""
+    """R = r_aug + r_cs + r_sim (Section 3.2), each in [0, 1]: was the item clicked (r_aug: 1
+    for the click, 0 for what was augmented), how does the collaborative model score it, how
+    many codes does it share with the clicked one. So R is 2 to 3 for a click, 0 to 2 for
+    others. `parts` names those that count. [ours]: at least `floor`, so that its log is
+    finite."""
     terms = {"aug": r_aug, "cs": r_cs, "sim": r_sim}
     return sum(terms[part] for part in parts.split(",")).clamp(min=floor)
 
@@ -709,8 +713,9 @@ def gflowgr_loss(policy, teacher, trie, history, clicked, beta, k=4, lam=0.01,
 
 @torch.no_grad()
 def all_rewards(teacher, trie, history, clicked, parts="aug,cs,sim"):
-    """R of every item (B, N). Their sum is the exact Z(x): here all leaves can be
-    listed."""
+    """R of every item (B, N), given the click. Their sum is the exact Z: here all leaves can
+    be listed. (R knows the click, the policy does not: where a history has several next
+    clicks, the learned Z(x) settles between theirs.)"""
     r_aug = F.one_hot(clicked, len(trie.codes)).float()
     r_cs = collaborative_score(teacher.scores(history))
     return reward(r_aug, r_cs, code_similarity(trie.semantic[None], trie.semantic[clicked]), parts)
@@ -754,12 +759,11 @@ def dpo_loss(policy, reference, trie, history, clicked, negatives=1):
     return preference_loss(policy, reference, trie, history, clicked, random), {}
 
 
-def sprec_loss(policy, old, trie, history, clicked, progress, iterations=5, beta=0.1):
-    """SPRec (Gao et al. 2025): each iteration of self-play is SFT, then DPO of the
+def sprec_loss(policy, old, trie, history, clicked, progress, beta=0.1):
+    """SPRec (Gao et al. 2025): each of five iterations of self-play is SFT, then DPO of the
     clicked item against a draw of the policy of the iteration before, which is the
-    reference, too. [ours]: a draw of the clicked item counts nothing. beta, iterations
-    [paper]."""
-    if progress * iterations % 1 < 0.5:
+    reference, too. [ours]: a draw of the clicked item counts nothing. beta, 5 [paper]."""
+    if progress * 5 % 1 < 0.5:          # as `train_generator` counts them
         return sft_loss(policy, trie, history, clicked)
     drawn = draw_items(old, trie, history, 1)                           # (B, 1)
     loss = preference_loss(policy, old, trie, history, clicked, drawn, beta)
@@ -845,7 +849,7 @@ class Config:
     valid_users: int = 4000        # users of these validations [ours]
     # codes
     backbone: str = "tiger"        # way to make codes, softmax temperature: tiger, letter
-    levels: int = 3                # codebooks, + 1 code to part twins [TIGER]; LETTER: 4
+    levels: int = 3                # codebooks, + 1 code for twins [TIGER]; LETTER: 4
     codebook_size: int = 256       # codes of a level, C [TIGER]
     code_epochs: int = 250         # passes of the RQ-VAE over the items [ours]
     # sasrec
@@ -928,7 +932,7 @@ def command_line(argv=None):
         if name == "seeds":
             wrong = not re.fullmatch(r"\d+(,\d+)*", value)
         if type(value) is int:
-            wrong = value < (name not in ("k", "show"))         # at least 1, or 0
+            wrong = value < (name not in ("k", "show"))         # at least 1; of these two, 0
         if type(value) is float:
             wrong = not 0 <= value < (1 if name == "dropout" else math.inf)
         if wrong:
@@ -947,7 +951,7 @@ def join_processes(device):
     the others. In a training they begin with the same weights and see the same order of
     batches; each takes its own rows of a batch and draws its own dropout; their
     gradients are added up. Codes and beam searches are not shared out: each process does
-    all. Only the first prints and writes, and all go on with what it wrote."""
+    all. Only the first prints and keeps results, and all go on with what it kept."""
     if world > 1:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -962,10 +966,11 @@ def wait_for_all():
         dist.barrier()
 
 
-def mixed_precision(cfg, **options):
+def mixed_precision(cfg):
     """A context in which matrix products have the precision of the settings. The
     weights, SASRec's scores of a user, and what the losses are made of are float32."""
-    return torch.autocast(cfg.device, TYPES[cfg.precision], cfg.precision != "fp32", **options)
+    # Without a cache of cast weights (False): a graph would keep an old cast.
+    return torch.autocast(cfg.device, TYPES[cfg.precision], cfg.precision != "fp32", False)
 
 
 class Step(nn.Module):
@@ -985,7 +990,7 @@ class Step(nn.Module):
         """progress, from 0 to 1, and a batch -> the loss and means to log, all
         scalars."""
         self.model.train()              # the loss may have left it in eval mode
-        with mixed_precision(self.cfg, cache_enabled=False):  # a graph would keep an old cast
+        with mixed_precision(self.cfg):
             loss, seen = self.loss_of(*batch, progress, self.old, self.reference)
         self.loss = loss.mean()
         return self.loss, {name: x.detach().mean() for name, x in seen.items()
@@ -994,8 +999,8 @@ class Step(nn.Module):
 
 def relative_adamw(model, lr):
     """AdamW whose rate for each weight is lr times the weight's size (the root of its
-    mean square) at the start, about 1 in an embedding and 0.05 in a matrix, as T5's own
-    Adafactor has it [ours]."""
+    mean square) at the start, about 1 in the codes' embedding and 0.02 to 0.1 in a matrix,
+    as T5's own Adafactor has it [ours]."""
     groups = {}
     for weight in model.parameters():
         size = weight.detach().square().mean().sqrt().item()
@@ -1012,7 +1017,7 @@ def top_items(cfg, model, search, examples, users):
     """The 20 best items for each of some users (n,), by search(histories): (n, 20)."""
     model.eval()
 
-    # Those of histories of like length together, so that little is padded.
+    # Users whose histories are about equally long go together, so that little is padded.
     order = torch.argsort(examples.length[users], stable=True)
     found = []
     for rows in users[order].split(256 if cfg.device == "cpu" else 1024):
@@ -1041,7 +1046,7 @@ def train(cfg, data, label, folder, model, loss_of, search, pairs, batch, epochs
         20 * (done + 1) / steps, 0.5 * (1 + math.cos(math.pi * done / steps))))
     parts = dict(step=step, optimiser=optimiser, scaler=scaler, schedule=schedule)
 
-    # Leave one out: a user's last item is the test target, the one before it this one's.
+    # Leave one out: a user's last item is the test target, the last but one is validation's.
     def validate(users):
         top = top_items(cfg, model, search, data.parts["valid"], users)
         return datasets.ranking_metrics(top, data.items[data.offsets[1:] - 2][users])
@@ -1113,7 +1118,7 @@ def train(cfg, data, label, folder, model, loss_of, search, pairs, batch, epochs
             if not math.isfinite(note["loss"]):
                 raise DataError(f"{label}: the loss is {note['loss']} at step {done:,}; "
                                 "lower the rate of this training, or --lam")
-            told = f"loss {note['loss']:.2f}, valid N@10 {max(at['score'], 0):.4f}"
+            told = f"loss {note['loss']:.2f}, best valid N@10 {max(at['score'], 0):.4f}"
             bar.set_postfix_str(told)
 
         # Keep all of it after a validation, and where somebody wants to stop: after kill
@@ -1199,7 +1204,7 @@ def make_codes(cfg, data, label, folder, own, collaborative):
 
 def generator(cfg, trie, state=None):
     """A generator of the size that the settings name, untrained or in a state."""
-    temperature = 0.7 if cfg.backbone == "letter" else 1.0            # [LETTER]: from 0.7 to 1
+    temperature = 0.7 if cfg.backbone == "letter" else 1.0            # [LETTER] has 0.7 to 1
     model = T5(trie.codes.shape[1], trie.n_codes, cfg.d_model, cfg.heads, cfg.d_kv, cfg.d_ff,
                cfg.layers, cfg.dropout, temperature).to(trie.codes.device)
     if state:
@@ -1254,7 +1259,7 @@ def train_generator(cfg, data, label, folder, loss, trie, teacher, initial, epoc
 @torch.no_grad()
 def look(cfg, trie, teacher, pairs, users, *results):
     """For some users (B,), what Eq. 7 is made of by each of some results, with the same
-    K random items, and beside it the exact log Z(x), the log of the sum of all R."""
+    K random items, and beside it the exact log Z for this click, log of the sum of all R."""
     history, clicked = pairs.batch(users)
     rewards = all_rewards(teacher, trie, history, clicked, cfg.reward)
     found = []
@@ -1353,7 +1358,9 @@ def main(argv=None):
         return 0
     except DataError as error:
         message = error
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:
+        if "allocate" not in str(error):            # as numpy says, and torch, CPU or GPU
+            raise
         message = "memory has run out; use a smaller --batch"
     except (KeyboardInterrupt, BrokenPipeError) as error:       # Ctrl-C, SIGTERM, | head
         message = f"{str(error) or 'stopped'}; the same command goes on from there"
