@@ -329,6 +329,9 @@ def read_table(path, names):
         head = names
 
     for line, row in rows:
+        if any(row[len(head):]):
+            raise DataError(f"{path} has more cells than columns in line {line}; quote "
+                            "those that hold a comma")
         cells = dict(zip(head, row))
         yield line, *(cells.get(name, "").strip() for name in names)
 
@@ -355,8 +358,13 @@ def read_interactions(path):
     texts = {item: ["", ""] for _, _, item in clicks}
     beside = path.with_suffix(".items.csv")
     if beside.exists():
-        for _, item, *text in read_table(beside, ("item", "title", "description")):
-            texts[item] = text
+        rows = read_table(beside, ("item", "title", "description"))
+        told = {item: text for _, item, *text in rows if item}
+        if not told.keys() & texts.keys():
+            raise DataError(f"{path} has no item of {beside}: are its ids the same, its "
+                            f"cells apart by commas? It has {shown([*told][:3])}")
+        texts.update(told)
+
     # Users and items are in the order of their ids, whatever that of the rows; items'
     # shorter ones first, so that 2 comes before 10.
     ids = sorted(texts, key=lambda item: (len(item), item))
@@ -817,7 +825,7 @@ def figures(data):
 def case_study(data, user, results, before, after):
     """Eq. 7 in numbers for a user, then the lists of SFT and of the last result (Fig.
     4). before, after: what the loss was made of, (1, P) each."""
-    titles = [title[:42] for title in data.titles]
+    titles = [" ".join(title.split())[:42] for title in data.titles]
     *earlier, clicked = data.items[data.offsets[user]:data.offsets[user + 1]].tolist()
     lines = [f"\nuser {user} clicked", *(f"   {titles[item]}" for item in earlier[-5:]),
              f"=> {titles[clicked]}", ""]
@@ -865,4 +873,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")            # of a console without some letters
     main()

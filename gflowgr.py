@@ -908,12 +908,15 @@ def settings_by_group():
     return groups
 
 
+GROUPS = settings_by_group()        # as the run began: the file may be edited meanwhile
+
+
 def command_line(argv=None):
     """The settings that flags name. Raises DataError where a value makes no sense."""
     parser = argparse.ArgumentParser("gflowgr.py", allow_abbrev=False,
                                      description=f"Defaults of the toy world: {TOY}",
                                      usage="python gflowgr.py [--loss tb] [--dataset beauty] ..")
-    for title, settings in settings_by_group().items():
+    for title, settings in GROUPS.items():
         group = parser.add_argument_group(title)
         for name, text in settings.items():
             default = getattr(Config, name)
@@ -930,11 +933,12 @@ def command_line(argv=None):
     for name, value in vars(cfg).items():
         wrong = name in LISTS and not set(value.split(",")) <= set(LISTS[name].split(","))
         if name == "seeds":
-            wrong = not re.fullmatch(r"\d+(,\d+)*", value)
+            wrong = not re.fullmatch(r"\d{1,18}(,\d{1,18})*", value)
         if type(value) is int:
             wrong = value < (name not in ("k", "show"))         # at least 1; of these two, 0
+            wrong |= name == "sasrec_dim" and value % 2         # it has two heads
         if type(value) is float:
-            wrong = not 0 <= value < (1 if name == "dropout" else math.inf)
+            wrong = not 0 <= value < (1 if name == "dropout" else 1e9)
         if wrong:
             raise DataError(f"--{name.replace('_', '-')} {value} makes no sense; see --help")
     return cfg
@@ -1147,16 +1151,18 @@ def train(cfg, data, label, folder, model, loss_of, search, pairs, batch, epochs
 
 # =========================== 9. stages and main: what runs when, and what is kept of it
 
+CODE = datasets.code_hash(__file__, datasets.__file__)      # as the run began
+
+
 def stage(cfg, data, number, label, groups, inputs, build, *arguments):
     """The result of build(cfg, data, label, folder, *arguments), or what an earlier run
     kept of it in RUNS/DATASET/LABEL-KEY. The key is made of the settings of these
     groups, the seed, the data, and the stage's inputs: what is done anew upstream
     changes the inputs, so that all that follows from it is done anew, too."""
     settings = [getattr(cfg, name) for group in groups.split()
-                for name in settings_by_group()[group]]
+                for name in GROUPS[group]]
     key = datasets.fingerprint([settings, cfg.seeds, data.fingerprint, inputs])
     folder = Path(cfg.runs_dir, data.name, f"{label.replace(' ', '-')}-{key}")
-    code = datasets.code_hash(__file__, datasets.__file__)
     result = datasets.load_tensors(folder / "result.pt")
     if not result:
         print(f"stage {number} of {3 + len(cfg.loss.split(','))}, {label}", flush=True)
@@ -1165,14 +1171,14 @@ def stage(cfg, data, number, label, groups, inputs, build, *arguments):
         torch.manual_seed(cfg.seeds)
         result = build(cfg, data, label, folder, *arguments)
         if rank == 0:
-            result.update(label=label, config=dataclasses.asdict(cfg), code=code)
+            result.update(label=label, config=dataclasses.asdict(cfg), code=CODE)
             datasets.save_tensors(folder / "result.pt", result)
             datasets.report(folder.parent / "results.jsonl", result)
             (folder / "snapshot.pt").unlink(missing_ok=True)
         wait_for_all()
         result = datasets.load_tensors(folder / "result.pt")    # all go on with the same
     print(f"{label:<12}{result['seconds']:8,.1f} s, kept in {folder}", flush=True)
-    if result["code"] != code:
+    if result["code"] != CODE:
         print("note: it was made by other code than today's; remove it to do it again")
     return result
 
@@ -1340,7 +1346,7 @@ def recommend(folder, history, k=10):
     cfg.device = "cpu"
     trie = Trie(kept["codes"], all_codes=cfg.softmax == "all")
     ids = kept["ids"]
-    if not history or not set(history) <= set(ids) or not 1 <= k <= len(ids):
+    if not len(history) or not set(history) <= set(ids) or not 1 <= k <= len(ids):
         raise DataError(f"a history needs items as {ids[0]!r}, and k must be 1 to {len(ids)}")
     recent = torch.tensor([[ids.index(item) for item in history[-cfg.max_history:]]])
     with mixed_precision(cfg):

@@ -318,11 +318,14 @@ def test_a_bad_row_is_named_with_its_file_and_line(tmp_path, row):
     u,a,1;"v,a,2;  | is not a table
     u,a,5,1        | needs a first line
     user,sku;u,a   | needs a first line
+    u,a,1;u,b,2,3  | has more cells than columns in line 2
+    u,a,1;u,b,2    | has no item of
 """),
 )
 def test_a_file_that_is_no_table_is_named(tmp_path, content, words):
     path = tmp_path / "clicks.csv"
     path.write_text(content.replace(";", "\n"), "latin-1")
+    path.with_suffix(".items.csv").write_text("item;title\na;shoe")
     assert f"{path} {words}" in refusal(datasets.load, str(path))
 
 
@@ -334,6 +337,7 @@ def test_texts_beside_a_table_are_found_by_item_id(tmp_path):
         1,5,100,u""")
     (tmp_path / "x.items.csv").write_text("""title,item_id,description
 "shoe, red",100,of wood
+lost,,
 hat,5,""")
     data = datasets.load(str(tmp_path / "x.csv"))
     assert data.ids == ["4", "5", "30", "100"]
@@ -1563,32 +1567,40 @@ def shell(dataset, *flags, **variables):
 
 
 def test_every_setting_has_a_stage_and_a_help_and_there_are_few():
-    told = [name for group in g.settings_by_group().values() for name in group]
+    told = [name for group in g.GROUPS.values() for name in group]
     assert told == [field.name for field in dataclasses.fields(g.Config)]
     assert len(told) <= 45
 
 
 @pytest.mark.parametrize(
     "flags, words",
-    [
-        ("--loss tb,nonsense", "--loss tb,nonsense"),
-        ("--reward aug,xy", "--reward aug,xy"),
-        ("--batch 0", "--batch 0"),
-        ("--lam -1", "--lam -1"),
-        ("--dropout 1", "--dropout 1"),
-        ("--seeds 1,x", "--seeds 1,x"),
-        ("--k 39", "lower --k"),
-        ("--dataset nowhere", "unknown dataset 'nowhere'"),
-        ("--codes nowhere.json", "nowhere.json"),
-        ("--codes letter", "--codes letter is for"),
-        ("--item-vectors nowhere.npy", "nowhere.npy"),
-    ],
+    cases("""
+    --loss tb,nonsense         | --loss tb,nonsense
+    --reward aug,xy            | --reward aug,xy
+    --batch 0                  | --batch 0
+    --sasrec-dim 15            | --sasrec-dim 15
+    --lam -1                   | --lam -1
+    --dropout 1                | --dropout 1
+    --sft-epochs 1e308         | --sft-epochs 1e+308
+    --seeds 1,x                | --seeds 1,x
+    --seeds 1,9999999999999999999 | --seeds 1,9999999999999999999
+    --k 39                     | lower --k
+    --dataset nowhere          | unknown dataset 'nowhere'
+    --codes nowhere.json       | nowhere.json
+    --codes letter             | --codes letter is for
+    --item-vectors nowhere.npy | nowhere.npy
+"""),
 )
 def test_a_wrong_setting_is_one_sentence(dataset, capsys, flags, words):
     assert g.main(command(dataset, *flags.split())) == 1
     out, error = capsys.readouterr()
     assert "stage" not in out
     assert words in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_memory_that_runs_out_is_one_sentence(dataset, capsys):
+    assert g.main(command(dataset, "--sasrec-dim", "2000000000000")) == 1
+    assert capsys.readouterr().err.startswith("error: memory has run out")
 
 
 # ---------------------------------------------------------------------------- 8. training
@@ -1778,7 +1790,7 @@ def test_seeds_end_in_mean_and_deviation(dataset, capsys):
 
 def test_other_code_is_told(dataset, capsys, monkeypatch):
     assert g.main(command(dataset)) == 0
-    monkeypatch.setattr(datasets, "code_hash", lambda *paths: "another")
+    monkeypatch.setattr(g, "CODE", "another")
     capsys.readouterr()
     assert g.main(command(dataset)) == 0
     assert capsys.readouterr().out.count("other code than today's") == 4
@@ -1814,7 +1826,7 @@ def test_a_table_of_clicks_runs_and_recommends_by_its_own_ids(tmp_path, capsys):
     )
     assert "their vectors are SASRec's own" in capsys.readouterr().out
     folder = next(tmp_path.glob("runs/clicks/then-tb-*"))
-    found = g.recommend(folder, ["B004", "B006"], 5)
+    found = g.recommend(folder, np.array(["B004", "B006"]), 5)
     assert len(set(found)) == 5 and all(item.startswith("B") for item in found)
     with pytest.raises(DataError, match="a history needs items"):
         g.recommend(folder, ["B999"])
