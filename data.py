@@ -329,7 +329,7 @@ def read_table(path, names):
         head = names
 
     for line, row in rows:
-        if any(row[len(head):]):
+        if "".join(row[len(head):]).strip():
             raise DataError(f"{path} has more cells than columns in line {line}; quote "
                             "those that hold a comma")
         cells = dict(zip(head, row))

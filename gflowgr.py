@@ -1122,7 +1122,7 @@ def train(cfg, data, label, folder, model, loss_of, search, pairs, batch, epochs
             if not math.isfinite(note["loss"]):
                 raise DataError(f"{label}: the loss is {note['loss']} at step {done:,}; "
                                 "lower the rate of this training, or --lam")
-            told = f"loss {note['loss']:.2f}, best valid N@10 {max(at['score'], 0):.4f}"
+            told = f"loss {note['loss']:.2f}, best N@10 {max(at['score'], 0):.4f}"
             bar.set_postfix_str(told)
 
         # Keep all of it after a validation, and where somebody wants to stop: after kill

@@ -334,7 +334,7 @@ def test_texts_beside_a_table_are_found_by_item_id(tmp_path):
         1,5,30,u
         1,5,4,u
         1,5,30,u
-        1,5,100,u""")
+        1,5,100,u, """)
     (tmp_path / "x.items.csv").write_text("""title,item_id,description
 "shoe, red",100,of wood
 lost,,
