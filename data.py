@@ -302,8 +302,8 @@ def read_folder(folder):
 def read_table(path, names):
     """Rows of a .csv, .tsv or .inter, one by one: the line's number and the cells of
     the columns `names`. A header names them (user, user_id, user_id:token ..), the
-    first two at least; else they stand in this order, without others. What is missing
-    is "". Raises DataError."""
+    first two at least; interactions may do without: then they stand in this order,
+    without others. What is missing is "". Raises DataError."""
     content = path.read_bytes()
     try:
         text = content.decode(json.detect_encoding(content))        # UTF-8, UTF-16 ..
@@ -322,7 +322,7 @@ def read_table(path, names):
     head = [cell.split(":")[0].strip().lower().removesuffix("_id") for cell in first]
     if set(names[:2]) <= set(head):
         rows = rows[1:]
-    elif len(head) > len(names) or set(names) & set(head):
+    elif len(head) > len(names) or set(names) & set(head) or "title" in names:
         raise DataError(f"{path} needs a first line that names its columns, among them "
                         f"{' and '.join(names[:2])}; it has {shown(first)}")
     else:

@@ -2,7 +2,7 @@
 
 The paper is arXiv 2506.16114v1, whose numbering is used here. A generative recommender writes
 an item as a short path of codes, so it is a policy on a tree whose leaves are the items. Trained
-on clicks alone (SFT), it takes every other item for wrong. GFlowGR adds paths of unclicked items,
+on clicks alone (SFT), it takes every other item for wrong. GFlowGR adds paths of other items,
 chosen from easy to hard by a collaborative model, gives each path a reward, and moves the
 probability of each path towards its share of all reward. Eq. 7 of the paper, the loss, stands in
 Section 5 whole:
@@ -185,7 +185,7 @@ def diversity_loss(codebook, codes):
     others = (cluster[codes][:, None] == cluster).float() - own         # (B, C)
     # A code is not its own neighbour. (-inf would make 0 * inf, which is NaN.)
     logits = codebook[codes] @ codebook.T - 1e9 * own
-    return F.cross_entropy(logits, others / others.sum(1, keepdim=True).clamp(min=1))
+    return F.cross_entropy(logits, others / others.sum(1, True).clamp(min=1))
 
 
 def train_codes(vectors, levels, size, epochs, collaborative=None, alignment=0.1, diversity=1e-4,
@@ -300,8 +300,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d))
 
     def forward(self, x):
-        scale = (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-        return (x * scale.to(x.dtype)) * self.weight.to(x.dtype)
+        scale = (x.square().mean(-1, True) + 1e-6).rsqrt()
+        return x * scale.to(x.dtype) * self.weight.to(x.dtype)
 
 
 def linear(d_in, d_out, std=None):
@@ -502,8 +502,8 @@ class Trie:
         leaves = []
         for column in codes.T:
             leaves.append(torch.bincount(node)[node])           # (N,) the items below
-            key = node * n_codes + column                               # (parent, code)
-            key, node = torch.unique(key, return_inverse=True)         # sorted: by parent
+            # A child's key is (its parent, its code). They come sorted, so by parent.
+            key, node = torch.unique(node * n_codes + column, return_inverse=True)
             children = torch.bincount(key // n_codes)
             self.code.append(key % n_codes)
             self.first_child.append(children.cumsum(0) - children)
@@ -528,8 +528,7 @@ class Trie:
         logits = logits.float()
         if self.all_codes:
             logits = logits.log_softmax(-1)
-        codes = self.code[level][child]
-        log_probs = logits.gather(-1, codes).masked_fill(~real, -torch.inf)
+        log_probs = logits.gather(-1, self.code[level][child]).masked_fill(~real, -torch.inf)
         if not self.all_codes:
             log_probs = log_probs.log_softmax(-1)
         return child, log_probs
@@ -714,8 +713,8 @@ def gflowgr_loss(policy, teacher, trie, history, clicked, beta, k=4, lam=0.01,
 @torch.no_grad()
 def all_rewards(teacher, trie, history, clicked, parts="aug,cs,sim"):
     """R of every item (B, N), given the click. Their sum is the exact Z: here all leaves can
-    be listed. (R knows the click, the policy does not: where a history has several next
-    clicks, the learned Z(x) settles between theirs.)"""
+    be listed. (R knows the click, the policy does not: where equal histories have
+    different next clicks, the learned Z(x) settles between theirs.)"""
     r_aug = F.one_hot(clicked, len(trie.codes)).float()
     r_cs = collaborative_score(teacher.scores(history))
     return reward(r_aug, r_cs, code_similarity(trie.semantic[None], trie.semantic[clicked]), parts)
@@ -1004,7 +1003,7 @@ class Step(nn.Module):
 def relative_adamw(model, lr):
     """AdamW whose rate for each weight is lr times the weight's size (the root of its
     mean square) at the start, about 1 in the codes' embedding and 0.02 to 0.1 in a matrix,
-    as T5's own Adafactor has it [ours]."""
+    much as T5's own Adafactor has it [ours]."""
     groups = {}
     for weight in model.parameters():
         size = weight.detach().square().mean().sqrt().item()
@@ -1061,7 +1060,8 @@ def train(cfg, data, label, folder, model, loss_of, search, pairs, batch, epochs
 
     # Start, or go on where a run was cut off: the same state and, in one process on a
     # CPU, the same random numbers.
-    at = dict(done=0, seconds=0.0, notes=[], best={}, score=-1.0, random=torch.get_rng_state())
+    at = dict(done=0, seconds=0.0, notes=[], best={}, score=-1.0, random=torch.get_rng_state(),
+              code=CODE)
     at.update(datasets.load_tensors(folder / "snapshot.pt"))
     if at["done"]:
         print(f"{label}: goes on after step {at['done']:,} of {steps:,}", flush=True)
@@ -1146,7 +1146,7 @@ def train(cfg, data, label, folder, model, loss_of, search, pairs, batch, epochs
     model.load_state_dict(at["best"])
     top = top_items(cfg, model, search, data.parts["test"], everyone)
     return dict(state=model.state_dict(), valid=validate(everyone), seconds=at["seconds"],
-                **datasets.tested(top, data))
+                code=at["code"], **datasets.tested(top, data))
 
 
 # =========================== 9. stages and main: what runs when, and what is kept of it
@@ -1169,9 +1169,9 @@ def stage(cfg, data, number, label, groups, inputs, build, *arguments):
         folder.mkdir(parents=True, exist_ok=True)
         wait_for_all()
         torch.manual_seed(cfg.seeds)
-        result = build(cfg, data, label, folder, *arguments)
+        result = {"code": CODE, **build(cfg, data, label, folder, *arguments)}
         if rank == 0:
-            result.update(label=label, config=dataclasses.asdict(cfg), code=CODE)
+            result.update(label=label, config=dataclasses.asdict(cfg))
             datasets.save_tensors(folder / "result.pt", result)
             datasets.report(folder.parent / "results.jsonl", result)
             (folder / "snapshot.pt").unlink(missing_ok=True)
@@ -1367,11 +1367,11 @@ def main(argv=None):
     except (MemoryError, RuntimeError) as error:
         if "allocate" not in str(error):            # as numpy says, and torch, CPU or GPU
             raise
-        message = "memory has run out; use a smaller --batch"
+        message = "memory has run out; lower --batch or --max-history"
     except (KeyboardInterrupt, BrokenPipeError) as error:       # Ctrl-C, SIGTERM, | head
         message = f"{str(error) or 'stopped'}; the same command goes on from there"
     except OSError as error:
-        message = f"{error}; --runs-dir says where results are kept"
+        message = f"{error}; --data-dir and --runs-dir say where files lie"
     if rank == 0:
         print(f"error: {message}", file=sys.stderr)
     return 1
