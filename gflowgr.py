@@ -50,6 +50,7 @@ own), the search for hyper-parameters, and serving.
 import argparse
 import copy
 import dataclasses
+import gc
 import inspect
 import itertools
 import math
@@ -131,8 +132,8 @@ class ResidualQuantiser(nn.Module):
             codes.append(code)
 
             # The code moves to what it stands for, the encoder stays near its code.
-            loss = loss + F.mse_loss(chosen, residual.detach())
-            loss = loss + self.commitment * F.mse_loss(residual, chosen.detach())
+            loss += F.mse_loss(chosen, residual.detach())
+            loss += self.commitment * F.mse_loss(residual, chosen.detach())
 
             # The code is subtracted as a constant, so that the residual keeps the
             # gradient of x and commitment trains the encoder at every level. (Minus a
@@ -204,9 +205,9 @@ def train_codes(vectors, levels, size, epochs, collaborative=None, alignment=0.1
         for rows in torch.randperm(len(vectors), device=vectors.device).split(batch):
             loss, value, codes = model(vectors[rows])
             if collaborative is not None:
-                loss = loss + alignment * alignment_loss(value, collaborative[rows])
+                loss += alignment * alignment_loss(value, collaborative[rows])
                 for codebook, code in zip(quantiser.codebooks, codes.T):
-                    loss = loss + diversity / levels * diversity_loss(codebook, code)
+                    loss += diversity / levels * diversity_loss(codebook, code)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
@@ -1088,6 +1089,7 @@ def train(cfg, data, label, folder, model, loss_of, search, pairs, batch, epochs
         # take longer to launch than to run. From then on all batches have these shapes.
         if graph and cfg.device == "cuda":
             graph = False                       # once: this replaces the step's forward
+            gc.collect()                        # or an earlier training's graph keeps its memory
             torch.cuda.make_graphed_callables(step, inputs, allow_unused_input=True)
             step.loss.detach_()                 # frees what the recording's gradients hold
 
